@@ -127,6 +127,37 @@ pub fn agent_rules() -> Rights {
             ),
             // The CA that agents trust.
             named("", &["configmaps"], &[names::CONFIG_MAP_CA], &["get", "list", "watch"]),
+            // The request to undo the installation.
+            named(
+                "",
+                &["configmaps"],
+                &[names::CONFIG_MAP_UNINSTALL],
+                &["get", "list", "watch"],
+            ),
+        ],
+    }
+}
+
+/// Rights of the job that runs before `helm uninstall`. They exist only while it runs.
+#[must_use]
+pub fn uninstall_rules() -> Rights {
+    Rights {
+        cluster: vec![
+            // Unfinished migrations are canceled, finalizers removed.
+            rule(names::GROUP, &["processmigrations"], &["get", "list", "watch", "patch"]),
+            rule(names::GROUP, &["migrationnodes"], &["get", "list", "watch", "delete"]),
+            // The label that says whether a node can take part is removed.
+            rule("", &["nodes"], &["get", "list", "watch", "patch"]),
+            rule(
+                "certificates.k8s.io",
+                &["certificatesigningrequests"],
+                &["get", "list", "delete"],
+            ),
+        ],
+        release: vec![
+            rule("", &["configmaps"], &["create"]),
+            named("", &["configmaps"], &[names::CONFIG_MAP_UNINSTALL], &["get", "patch"]),
+            rule("coordination.k8s.io", &["leases"], &["get", "list", "delete"]),
         ],
     }
 }
@@ -159,7 +190,7 @@ mod tests {
     use super::*;
 
     fn all() -> Vec<PolicyRule> {
-        [operator_rules(), agent_rules()]
+        [operator_rules(), agent_rules(), uninstall_rules()]
             .into_iter()
             .flat_map(|r| r.cluster.into_iter().chain(r.release))
             .chain(editor_rules())

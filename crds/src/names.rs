@@ -41,6 +41,14 @@ pub const SERVICE_ACCOUNT_AGENT: &str = "node-agent";
 /// Service account of the operator.
 pub const SERVICE_ACCOUNT_OPERATOR: &str = "operator";
 
+/// Service account of the job that runs before `helm uninstall`.
+pub const SERVICE_ACCOUNT_UNINSTALL: &str = "peregrine-uninstall";
+
+/// ConfigMap in the release namespace; its key [`UNINSTALL_KEY`] asks every agent to undo its installation.
+pub const CONFIG_MAP_UNINSTALL: &str = "peregrine-uninstall";
+/// Key of [`CONFIG_MAP_UNINSTALL`]: when it was asked for. Absent: normal work.
+pub const UNINSTALL_KEY: &str = "requested";
+
 /// Signer of the agents' certificates (CertificateSigningRequest `spec.signerName`).
 pub const SIGNER: &str = "peregrine.dev/node-agent";
 /// ConfigMap in the release namespace that holds our CA certificate (key `ca.crt`); agents trust only it.

@@ -131,6 +131,8 @@ reasons! {
     ApiUnavailable => "Restore the connection to the API server.",
     /// A step of an agent failed.
     StepFailed => "See the message and the agent's log.",
+    /// The agent has undone its installation on the node.
+    Uninstalled => "Run `helm upgrade --install` again if the node is to take part in moves.",
     // checks of what the pod's processes hold
     /// A terminal is attached.
     TtyNotSupported => "Set tty: false in the container.",
