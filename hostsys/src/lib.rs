@@ -1,0 +1,21 @@
+//! The only `unsafe` code and raw system calls of Peregrine, behind safe functions. Knows no Kubernetes and no migration.
+//!
+//! | module | holds |
+//! |---|---|
+//! | [`node_namespaces`] | joining the namespaces of the node's first process |
+//! | [`kernel_features`] | what the kernel can do, by trying |
+//! | [`cpu`] | extended state and architecture of the processor |
+//! | [`cgroup`] | freeze, thaw, kill, list, move |
+//! | [`program`] | run one program, with a deadline |
+//! | [`beneath`] | files below a folder, never through a link |
+//! | [`namespace`] | enter namespaces; handles of processes |
+//! | [`sock_diag`] | sockets of a network namespace by netlink |
+
+pub mod beneath;
+pub mod cgroup;
+pub mod cpu;
+pub mod kernel_features;
+pub mod namespace;
+pub mod node_namespaces;
+pub mod program;
+pub mod sock_diag;
