@@ -4,7 +4,14 @@
 //! | module | between |
 //! |---|---|
 //! | [`hand_off`] | agent -> wrapper and shepherd, on one node |
+//! | [`migrate`] | the agents of the two nodes of a migration |
+//! | [`frame`], [`version`], [`limits`], [`raw`] | what that is made of |
 //! | [`sealed`] | the form of every file of ours: magic, version, body, checksum |
 
+pub mod frame;
 pub mod hand_off;
+pub mod limits;
+pub mod migrate;
+pub mod raw;
 pub mod sealed;
+pub mod version;
