@@ -27,6 +27,16 @@ pub const SHEPHERD_DIR: &str = "/run/peregrine/shepherd";
 pub const SHEPHERD_FILE: &str = "shepherd.json";
 /// UNIX stream socket of a shepherd: one JSON [`Request`] a line, one [`State`] a line in return.
 pub const SHEPHERD_SOCKET: &str = "sock";
+/// `HAND_OFF_DIR/<pod uid>/<container>/used`: the hand-off was used; written by the wrapper, which refuses another one.
+pub const HAND_OFF_USED: &str = "used";
+/// `HAND_OFF_DIR/<pod uid>/aborted` (empty): written by the agent on an abort; a `create` that still waits fails at once.
+pub const HAND_OFF_ABORTED: &str = "aborted";
+/// `COMMITTED_DIR/<pod uid>` (empty): the migration into this pod was committed. Written by a shepherd that is told
+/// [`Request::Committed`]; it outlives a reboot. From then on the pod is an ordinary one: when its container ends or its
+/// node reboots, the kubelet starts it anew, and the wrapper lets it. Removed by the agent when the pod object is gone.
+pub const COMMITTED_DIR: &str = "/var/lib/peregrine/committed";
+/// Annotation on a target pod: uid of its migration (the same literal as in the API's vocabulary).
+pub const ANNOTATION_TARGET_OF: &str = "peregrine.dev/target-of";
 /// `MOVED_AWAY_DIR/<pod uid>`: processes of this pod were moved to another node; the wrapper refuses to start it again.
 pub const MOVED_AWAY_DIR: &str = "/var/lib/peregrine/moved-away";
 /// Settings of the wrapper, written by the agent's installer: JSON of [`RuntimeConfig`].
@@ -164,7 +174,8 @@ pub enum State {
 }
 
 /// Settings of the wrapper.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct RuntimeConfig {
     /// The OCI runtime below: the node's default (`/usr/sbin/runc`, or what containerd's default handler names).
     pub oci_runtime: String,
@@ -172,6 +183,23 @@ pub struct RuntimeConfig {
     pub libexec: String,
     /// Seconds for which `create` of a target waits for its hand-off.
     pub hand_off_timeout_seconds: u32,
+    /// The node's CRIU, absolute.
+    pub criu: String,
+    /// Library that is preloaded into CRIU where the node's CRIU may not ask for the limits of other users' processes
+    /// (no CAP_SYS_RESOURCE); absolute, absent where it is not needed.
+    pub limits_preload: Option<String>,
+}
+
+impl Default for RuntimeConfig {
+    fn default() -> Self {
+        Self {
+            oci_runtime: "/usr/sbin/runc".into(),
+            libexec: "/opt/peregrine/libexec".into(),
+            hand_off_timeout_seconds: 60,
+            criu: "/usr/sbin/criu".into(),
+            limits_preload: None,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -6,8 +6,10 @@
 //! | [`hand_off`] | agent -> wrapper and shepherd, on one node |
 //! | [`migrate`] | the agents of the two nodes of a migration |
 //! | [`frame`], [`version`], [`limits`], [`raw`] | what that is made of |
+//! | [`criu_errors`] | (words only) what CRIU's log says, as one sentence for users |
 //! | [`sealed`] | the form of every file of ours: magic, version, body, checksum |
 
+pub mod criu_errors;
 pub mod frame;
 pub mod hand_off;
 pub mod limits;
