@@ -169,10 +169,16 @@ pub fn editor_rules() -> Vec<PolicyRule> {
         rule(
             names::GROUP,
             &["processmigrations"],
-            &["get", "list", "watch", "create", "update", "patch", "delete"],
+            &["get", "list", "watch", "create", "update", "patch", "delete", "migrate"],
         ),
         rule(names::GROUP, &["migrationnodes"], &["get", "list", "watch"]),
     ]
+}
+
+/// The right to name the target node instead of leaving the choice to the scheduler.
+#[must_use]
+pub fn pin_rules() -> Vec<PolicyRule> {
+    vec![rule(names::GROUP, &["processmigrations"], &["pin"])]
 }
 
 /// Rights of people who look.
@@ -194,6 +200,7 @@ mod tests {
             .into_iter()
             .flat_map(|r| r.cluster.into_iter().chain(r.release))
             .chain(editor_rules())
+            .chain(pin_rules())
             .chain(viewer_rules())
             .collect()
     }

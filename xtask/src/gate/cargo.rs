@@ -1,0 +1,265 @@
+//! The checks that are cargo's.
+
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::tally::{Outcome, Tally};
+use crate::repository;
+
+/// Lines of output that are shown of what failed.
+const TAIL: usize = 300;
+
+/// rustfmt and clippy are named in `rust-toolchain.toml`; a toolchain that was installed before may lack them.
+pub(super) fn components(root: &Path) -> Result<()> {
+    for (verb, component) in [("fmt", "rustfmt"), ("clippy", "clippy")] {
+        let mut command = repository::cargo(root);
+        let there = command
+            .args([verb, "--version"])
+            .output()
+            .context("failed to start cargo")?
+            .status
+            .success();
+        if there {
+            continue;
+        }
+        eprintln!("installing {component}");
+        let status = Command::new("rustup")
+            .args(["component", "add", component])
+            .current_dir(root)
+            .stdin(Stdio::null())
+            .status();
+        if !status.is_ok_and(|status| status.success()) {
+            bail!(
+                "the Rust toolchain lacks {component} and rustup cannot add it: install {component} for {}",
+                env!("CARGO_PKG_RUST_VERSION")
+            );
+        }
+    }
+    Ok(())
+}
+
+pub(super) fn format(root: &Path) -> Result<Outcome> {
+    simple(
+        repository::cargo(root).args(["fmt", "--all", "--", "--check"]),
+        "format",
+    )
+}
+
+pub(super) fn clippy(root: &Path) -> Result<Outcome> {
+    let mut command = repository::cargo(root);
+    command.args([
+        "clippy",
+        "--locked",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "--deny",
+        "warnings",
+    ]);
+    simple(&mut command, "clippy")
+}
+
+pub(super) fn doc(root: &Path) -> Result<Outcome> {
+    let mut command = repository::cargo(root);
+    command
+        .args(["doc", "--locked", "--workspace", "--no-deps"])
+        .env("RUSTDOCFLAGS", "--deny warnings");
+    simple(&mut command, "doc")
+}
+
+/// All tests of all crates in one run: a run per crate would compile the dependencies again, with other features.
+pub(super) fn tests(root: &Path, tally: &mut Tally) -> Result<Outcome> {
+    let mut command = repository::cargo(root);
+    command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
+    let (success, lines) = run(&mut command, "tests")?;
+    let suites = suites(&lines);
+    if suites.is_empty() {
+        return Ok(Outcome::Failed(tail(&lines)));
+    }
+    for suite in &suites {
+        let parts = format!(
+            "{} passed, {} failed, {} ignored",
+            suite.passed, suite.failed, suite.ignored
+        );
+        super::tally::line(&format!("        {:<60} {parts}", suite.name));
+        tally.add(suite.passed, suite.failed, suite.ignored);
+    }
+    let failed: usize = suites.iter().map(|suite| suite.failed).sum();
+    if success {
+        Ok(Outcome::Counted)
+    } else {
+        // Failed tests are counted above; anything else that went wrong (a suite that does not build or crashed) counts here.
+        let interesting = failures(&lines);
+        if failed > 0 {
+            super::tally::line(&interesting);
+            Ok(Outcome::Counted)
+        } else {
+            Ok(Outcome::Failed(tail(&lines)))
+        }
+    }
+}
+
+fn simple(command: &mut Command, name: &str) -> Result<Outcome> {
+    let (success, lines) = run(command, name)?;
+    Ok(if success {
+        Outcome::Passed
+    } else {
+        Outcome::Failed(tail(&lines))
+    })
+}
+
+/// Runs a command to its end; both its outputs, in the order in which they came.
+fn run(command: &mut Command, name: &str) -> Result<(bool, Vec<String>)> {
+    let (reader, writer) = std::io::pipe().context("failed to make a pipe")?;
+    let both = writer.try_clone().context("failed to copy a pipe")?;
+    command
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(both)
+        .env("CARGO_TERM_COLOR", "never");
+    let mut child = command
+        .spawn()
+        .with_context(|| format!("failed to start cargo for {name}"))?;
+    // The command holds the writing end: the reader sees the end only when it is gone.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut lines = Vec::new();
+    let mut progress = Progress::new(name);
+    for line in BufReader::new(reader).lines() {
+        let line = line.with_context(|| format!("failed to read the output of {name}"))?;
+        progress.saw(&line);
+        lines.push(line);
+    }
+    let status = child.wait().with_context(|| format!("failed to wait for {name}"))?;
+    Ok((status.success(), lines))
+}
+
+/// Tells now and then what a long step is at.
+struct Progress<'a> {
+    name: &'a str,
+    told: std::time::Instant,
+}
+
+impl<'a> Progress<'a> {
+    fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            told: std::time::Instant::now(),
+        }
+    }
+
+    fn saw(&mut self, line: &str) {
+        if self.told.elapsed().as_secs() >= 20 {
+            self.told = std::time::Instant::now();
+            eprintln!("        … {}: {}", self.name, line.trim());
+        }
+    }
+}
+
+/// One test program, as it reported itself.
+#[derive(Debug, PartialEq, Eq)]
+struct Suite {
+    name: String,
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+fn suites(lines: &[String]) -> Vec<Suite> {
+    let mut suites = Vec::new();
+    let mut name = String::new();
+    for line in lines {
+        let line = line.trim();
+        if let Some(rest) = line.strip_prefix("Running ") {
+            rest.trim_start_matches("unittests ").clone_into(&mut name);
+        } else if let Some(rest) = line.strip_prefix("Doc-tests ") {
+            name = format!("doc tests of {rest}");
+        } else if let Some(result) = line.strip_prefix("test result: ") {
+            suites.push(Suite {
+                name: short(&name),
+                passed: number_before(result, " passed"),
+                failed: number_before(result, " failed"),
+                ignored: number_before(result, " ignored"),
+            });
+        }
+    }
+    // Programs without tests say nothing worth a line.
+    suites.retain(|suite| suite.passed + suite.failed + suite.ignored > 0);
+    suites
+}
+
+/// `src/lib.rs (target/x/debug/deps/crds-0123)` is `crds src/lib.rs`.
+fn short(name: &str) -> String {
+    let Some((file, program)) = name.split_once(" (") else {
+        return name.to_owned();
+    };
+    let program = program.trim_end_matches(')').rsplit('/').next().unwrap_or_default();
+    let program = program.rsplit_once('-').map_or(program, |(name, _)| name);
+    format!("{program} {file}")
+}
+
+fn number_before(text: &str, word: &str) -> usize {
+    text.split_once(word)
+        .and_then(|(before, _)| before.rsplit(|c: char| !c.is_ascii_digit()).next())
+        .and_then(|digits| digits.parse().ok())
+        .unwrap_or_default()
+}
+
+/// From the first failure on, without the lines of tests that passed.
+fn failures(lines: &[String]) -> String {
+    let interesting: Vec<String> = lines
+        .iter()
+        .filter(|line| !line.ends_with(" ... ok"))
+        .cloned()
+        .collect();
+    let first = interesting
+        .iter()
+        .position(|line| line.ends_with("FAILED") || line.starts_with("failures:") || line.starts_with("error"))
+        .unwrap_or_default();
+    tail(interesting.get(first..).unwrap_or_default())
+}
+
+fn tail(lines: &[String]) -> String {
+    lines
+        .get(lines.len().saturating_sub(TAIL)..)
+        .unwrap_or_default()
+        .join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_are_read_with_the_names_of_their_programs() {
+        let lines: Vec<String> = "\
+     Running unittests src/lib.rs (target/x86_64-unknown-linux-gnu/debug/deps/crds-0123abcd)
+test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
+     Running tests/cel.rs (target/debug/deps/cel-9)
+test result: FAILED. 11 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+   Doc-tests crds
+test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s"
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        assert_eq!(
+            suites(&lines),
+            [
+                Suite {
+                    name: "crds src/lib.rs".into(),
+                    passed: 5,
+                    failed: 0,
+                    ignored: 1
+                },
+                Suite {
+                    name: "cel tests/cel.rs".into(),
+                    passed: 11,
+                    failed: 2,
+                    ignored: 0
+                },
+            ]
+        );
+    }
+}

@@ -1,0 +1,42 @@
+//! Where things are: the checkout, and the programs that were built from it.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+
+/// The root of the checkout that this program was built from.
+pub(crate) fn root() -> PathBuf {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR"));
+    manifest.parent().unwrap_or(manifest).to_path_buf()
+}
+
+/// A program of this workspace: they all lie in the folder in which this one lies.
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("failed to find this program's own path")?;
+    Ok(own.with_file_name(name))
+}
+
+/// Builds `peregrine-e2e`. Cargo's own progress goes to standard error, where it disturbs no output that is parsed.
+pub(crate) fn build_harness(root: &Path) -> Result<()> {
+    let status = cargo(root)
+        .args(["build", "--package", "e2e", "--bin", "peregrine-e2e"])
+        .stdin(Stdio::null())
+        .status()
+        .context("failed to start cargo")?;
+    ensure!(status.success(), "the harness (package e2e) does not build");
+    Ok(())
+}
+
+/// The cargo that runs us, in the checkout.
+pub(crate) fn cargo(root: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root);
+    // What cargo sets for this program would make other packages look changed.
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
+            command.env_remove(name);
+        }
+    }
+    command
+}
