@@ -10,6 +10,15 @@ pub const RUNTIME_CLASS: &str = "peregrine";
 
 /// Label on a target pod: name of its migration. The operator's and the agents' watches select by it.
 pub const LABEL_MIGRATION: &str = "peregrine.dev/migration";
+/// Value of [`LABEL_MIGRATION`] for a migration of this name. Names may have 253 characters, label values 63: a longer name
+/// is cut (the owner reference, not the label, says whose target a pod is).
+#[must_use]
+pub fn migration_label(migration: &str) -> &str {
+    if migration.len() <= 63 {
+        return migration;
+    }
+    crate::condition::cut(migration, 63).trim_end_matches(['-', '.', '_'])
+}
 /// Annotation on a target pod: uid of its migration. Passed to the runtime (`pod_annotations`); the wrapper takes a pod
 /// that carries it for a target, which never starts without a hand-off. It is never trusted to name a path or a migration.
 pub const ANNOTATION_TARGET_OF: &str = "peregrine.dev/target-of";

@@ -19,6 +19,12 @@ macro_rules! reasons {
                 match self { $(Reason::$name => stringify!($name),)* }
             }
 
+            /// The reason of this name.
+            #[must_use]
+            pub fn from_name(name: &str) -> Option<Reason> {
+                Reason::ALL.iter().copied().find(|reason| reason.as_str() == name)
+            }
+
             /// What a user can do about it; empty where nothing needs doing.
             #[must_use]
             pub fn remedy(self) -> &'static str {
@@ -38,6 +44,8 @@ reasons! {
     DryRunComplete => "",
     /// Waiting for the agent of the source node.
     WaitingForSourceAgent => "See the MigrationNode of the source node and the log of its node-agent.",
+    /// Waiting for its turn: a limit of moves at once is reached.
+    WaitingForSlot => "Wait, or raise maxInbound/maxOutbound of the MigrationNode or the operator's --max-moves.",
     /// Waiting for the scheduler to place the target pod.
     WaitingForScheduler => "See the events of the target pod.",
     /// Waiting for the target pod's sandbox and shepherds.
@@ -46,6 +54,8 @@ reasons! {
     WaitingForRestore => "See the logs of both node-agents.",
     /// Waiting for the source's kubelet to end the released source.
     WaitingForSourceEnd => "See the source node's kubelet; the source stays frozen and never runs again.",
+    /// Aborted: waiting until the target is gone and the source is known to run.
+    WaitingForRollback => "See the logs of both node-agents; the source's agent resumes the pod as soon as it can.",
     /// Waiting for the moved pod to become Ready.
     WaitingForReady => "See the moved pod's readiness probe.",
     /// Shepherds stand for every container of the target.
