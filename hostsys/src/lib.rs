@@ -9,13 +9,21 @@
 //! | [`program`] | run one program, with a deadline |
 //! | [`beneath`] | files below a folder, never through a link |
 //! | [`namespace`] | enter namespaces; handles of processes |
+//! | [`nft`] | the packet hold |
+//! | [`inet_diag`] | TCP and UDP sockets; the end of one |
+//! | [`addresses`] | addresses of a network namespace |
+//! | [`ptrace`] | a stopped thread; a system call that begins again |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
 
+pub mod addresses;
 pub mod beneath;
 pub mod cgroup;
 pub mod cpu;
+pub mod inet_diag;
 pub mod kernel_features;
 pub mod namespace;
+pub mod nft;
 pub mod node_namespaces;
 pub mod program;
+pub mod ptrace;
 pub mod sock_diag;

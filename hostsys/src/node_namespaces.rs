@@ -71,3 +71,34 @@ fn keep_open(file: File) -> i32 {
     let _ = file.into_raw_fd();
     number
 }
+
+/// Where a node keeps the programs that we run; the PATH of a container often lacks the `sbin` folders.
+const PROGRAMS: [&str; 6] = [
+    "/usr/local/sbin",
+    "/usr/local/bin",
+    "/usr/sbin",
+    "/usr/bin",
+    "/sbin",
+    "/bin",
+];
+
+/// Appends the node's usual program folders to our PATH, where they are missing. Does nothing in a process that has
+/// several threads: one of them might be reading the environment.
+pub fn extend_path() {
+    if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
+        return;
+    }
+    let own = std::env::var("PATH").unwrap_or_default();
+    let mut folders: Vec<&str> = own.split(':').filter(|folder| !folder.is_empty()).collect();
+    for folder in PROGRAMS {
+        if !folders.contains(&folder) {
+            folders.push(folder);
+        }
+    }
+    let path = folders.join(":");
+    #[expect(unsafe_code, reason = "the environment may be changed while nobody else can read it")]
+    // SAFETY: this is the only thread, as was just seen, and it reads no variable meanwhile.
+    unsafe {
+        std::env::set_var("PATH", path);
+    }
+}

@@ -9,14 +9,14 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, connect, recv, send, socket,
 };
 
-const NLMSG_ERROR: u16 = 2;
+pub(crate) const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
-const SOCK_DIAG_BY_FAMILY: u16 = 20;
-const SOCK_DESTROY: u16 = 21;
-const HEADER: usize = 16;
+pub(crate) const NLM_F_ACK: u16 = 4;
+pub(crate) const NLM_F_DUMP: u16 = 0x300;
+pub(crate) const SOCK_DIAG_BY_FAMILY: u16 = 20;
+pub(crate) const SOCK_DESTROY: u16 = 21;
+pub(crate) const HEADER: usize = 16;
 
 /// Why the kernel gave no list.
 #[derive(Debug, thiserror::Error)]
@@ -185,7 +185,7 @@ fn open(protocol: SockProtocol) -> Result<OwnedFd, Error> {
 
 /// Opens a netlink socket in another network namespace: a socket stays in the namespace in which it was made, so a thread
 /// goes there, opens it and ends.
-fn open_in(namespace: BorrowedFd<'_>, protocol: SockProtocol) -> Result<OwnedFd, Error> {
+pub(crate) fn open_in(namespace: BorrowedFd<'_>, protocol: SockProtocol) -> Result<OwnedFd, Error> {
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .spawn_scoped(scope, || {
@@ -198,7 +198,7 @@ fn open_in(namespace: BorrowedFd<'_>, protocol: SockProtocol) -> Result<OwnedFd,
     })
 }
 
-fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+pub(crate) fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     let len = u32::try_from(HEADER + body.len()).unwrap_or(u32::MAX);
     let mut out = Vec::with_capacity(HEADER + body.len());
     out.extend_from_slice(&len.to_ne_bytes());
@@ -211,16 +211,25 @@ fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
 }
 
 /// Sends one request and reads its acknowledgement.
-fn ask(socket: &OwnedFd, kind: u16, body: &[u8]) -> Result<(), Error> {
+pub(crate) fn ask(socket: &OwnedFd, kind: u16, body: &[u8]) -> Result<(), Error> {
     exchange(socket, &message(kind, NLM_F_ACK, body), |_| Some(()))
 }
 
 /// Sends a request for a list and hands each entry's body to `each`.
-fn dump(socket: &OwnedFd, kind: u16, body: &[u8], each: impl FnMut(&[u8]) -> Option<()>) -> Result<(), Error> {
+pub(crate) fn dump(
+    socket: &OwnedFd,
+    kind: u16,
+    body: &[u8],
+    each: impl FnMut(&[u8]) -> Option<()>,
+) -> Result<(), Error> {
     exchange(socket, &message(kind, NLM_F_DUMP, body), each)
 }
 
-fn exchange(socket: &OwnedFd, request: &[u8], mut each: impl FnMut(&[u8]) -> Option<()>) -> Result<(), Error> {
+pub(crate) fn exchange(
+    socket: &OwnedFd,
+    request: &[u8],
+    mut each: impl FnMut(&[u8]) -> Option<()>,
+) -> Result<(), Error> {
     set_timeout(socket);
     send(socket.as_raw_fd(), request, MsgFlags::empty()).map_err(Error::Netlink)?;
     let mut buffer = vec![0; 64 * 1024];
@@ -248,7 +257,7 @@ fn exchange(socket: &OwnedFd, request: &[u8], mut each: impl FnMut(&[u8]) -> Opt
 }
 
 /// The kernel always answers; should it not, nobody waits for ever.
-fn set_timeout(socket: &OwnedFd) {
+pub(crate) fn set_timeout(socket: &OwnedFd) {
     let limit = libc::timeval { tv_sec: 5, tv_usec: 0 };
     // SAFETY: `limit` is a timeval, of the length that is given.
     unsafe {
@@ -262,7 +271,7 @@ fn set_timeout(socket: &OwnedFd) {
     }
 }
 
-fn word(bytes: &[u8], at: usize) -> Option<u32> {
+pub(crate) fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_ne_bytes(bytes.try_into().ok()?))
 }
