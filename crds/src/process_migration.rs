@@ -60,8 +60,8 @@ macro_rules! immutable_optional {
     printcolumn = r#"{"name":"Reason","type":"string","jsonPath":".status.conditions[?(@.type=='Finished')].reason"}"#,
     printcolumn = r#"{"name":"Message","type":"string","priority":1,"jsonPath":".status.conditions[?(@.type=='Finished')].message"}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#,
-    validation = "!has(oldSelf.status) || !has(oldSelf.status.decision) || (has(self.status) && has(self.status.decision))",
-    validation = "!has(self.status) || !has(self.status.decision) || self.status.decision.value != 'Committed' || (has(oldSelf.status) && has(oldSelf.status.decision) && (oldSelf.status.decision.value == 'Committed' || (has(self.status.conditions) && self.status.conditions.exists(c, c.type == 'Restored' && c.status == 'True'))))"
+    validation = Rule::new("!has(oldSelf.status) || !has(oldSelf.status.decision) || (has(self.status) && has(self.status.decision))").message("a decision cannot be removed"),
+    validation = Rule::new("!has(self.status) || !has(self.status.decision) || self.status.decision.value != 'Committed' || (has(oldSelf.status) && has(oldSelf.status.decision) && (oldSelf.status.decision.value == 'Committed' || (has(self.status.conditions) && self.status.conditions.exists(c, c.type == 'Restored' && c.status == 'True'))))").message("only an undecided migration whose condition Restored is True can be committed")
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
