@@ -34,6 +34,7 @@ const CLASSES: &[Class] = &[
             Reason::WaitingForRestore,
             Reason::WaitingForSourceEnd,
             Reason::WaitingForReady,
+            Reason::WaitingForRollback,
             Reason::ShepherdsReady,
             Reason::AllContainersHeld,
             Reason::DecisionCommitted,
