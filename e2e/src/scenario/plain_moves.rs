@@ -1,0 +1,87 @@
+//! Moves that succeed: A to B to C and back, small and large, root and ordinary user, one container and three.
+
+use anyhow::{Context as _, Result, ensure};
+use crds::process_migration::Phase;
+use serde_json::json;
+
+use super::Scenario;
+use super::moves::{Move, follow, is_true, move_to, phase, story};
+use super::stage::Stage;
+use super::subject::{Plan, Subject};
+use crate::invariants;
+
+pub(super) fn scenarios() -> Vec<Scenario> {
+    let mut all: Vec<Scenario> = ["root-64", "user-64", "root-1024", "user-1024", "three-containers"]
+        .into_iter()
+        .map(|case| Scenario::new(format!("a_pod_moves_from_a_to_b_to_c_to_a_{}", case.replace('-', "_")), a_b_c_a).case(case))
+        .collect();
+    all.push(Scenario::new("a_cold_move_is_a_new_start_and_says_so", cold));
+    all.push(Scenario::new("a_target_chosen_by_the_scheduler_is_another_node", scheduler_chooses));
+    all
+}
+
+/// The plan for a case.
+fn plan(stage: &Stage, case: &str) -> Result<Plan> {
+    let name = format!("move-{case}");
+    let node = stage.nodes().first().cloned();
+    let plan = Plan { node, ..Plan::small(&name) };
+    Ok(match case {
+        "root-64" => plan,
+        "user-64" => Plan { user: Some(1000), ..plan },
+        "root-1024" => Plan { mib: 1024, ..plan },
+        "user-1024" => Plan { mib: 1024, user: Some(1000), ..plan },
+        "three-containers" => Plan { containers: 3, mib: 32, ..plan },
+        _ => anyhow::bail!("{case} is no case"),
+    })
+}
+
+fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
+    let [a, b, c] = stage.nodes() else { anyhow::bail!("three nodes are needed and there are {}", stage.nodes().len()) };
+    let client = Subject::start(stage, &Plan { node: Some(c.clone()), mib: 1, ..Plan::small(&format!("client-{case}")) })?;
+    let mut subject = Subject::start(stage, &plan(stage, case)?)?;
+    let address = subject.add_service(stage)?;
+    let start = subject.node(stage)?;
+    let mut targets = vec![a, b, c];
+    let place = targets.iter().position(|node| **node == start).context("the pod is nowhere")?;
+    targets.rotate_left(place + 1);
+    for target in targets {
+        let migration = move_to(stage, &mut subject, Some(target))?;
+        let result = migration.status.as_ref().and_then(|status| status.result.clone()).context("a successful move has no result")?;
+        ensure!(result.live, "a move with memory must say so: {result:?}");
+        ensure!(is_true(&migration, "ResidualFree"), "something still needs the old node: {}", story(&migration));
+        subject.check_access(stage)?;
+        subject.check_service(stage, &address, &client)?;
+        invariants::one_life(stage, &subject)?;
+        invariants::exactly_one(stage, &subject)?;
+        invariants::nothing_left(stage)?;
+    }
+    subject.remove(stage)?;
+    client.remove(stage)
+}
+
+fn scheduler_chooses(stage: &Stage, _: &str) -> Result<()> {
+    let mut subject = Subject::start(stage, &Plan::small("anywhere"))?;
+    move_to(stage, &mut subject, None)?;
+    invariants::one_life(stage, &subject)?;
+    invariants::exactly_one(stage, &subject)?;
+    invariants::nothing_left(stage)?;
+    subject.remove(stage)
+}
+
+fn cold(stage: &Stage, _: &str) -> Result<()> {
+    let mut subject = Subject::start(stage, &Plan::small("cold"))?;
+    let source = subject.node(stage)?;
+    let token = subject.known().first().map(|state| state.token.clone()).unwrap_or_default();
+    let migration = Move::create(stage, &subject.pod, None, &json!({"strategy": {"type": "Cold"}}))?.settled(stage)?;
+    ensure!(phase(&migration) == Some(Phase::Succeeded), "{}", story(&migration));
+    let live = migration.status.as_ref().and_then(|status| status.result.as_ref()).map(|result| result.live);
+    ensure!(live == Some(false), "a cold move is reported as live: {}", story(&migration));
+    ensure!(super::moves::because(&migration, "Succeeded").0 == "StartedCold", "{}", story(&migration));
+    follow(&mut subject, &migration)?;
+    ensure!(subject.node(stage)? != source, "the pod is still on {source}");
+    invariants::exactly_one(stage, &subject)?;
+    let states = subject.states(stage)?;
+    ensure!(states.iter().all(|state| state.token != token), "a cold move kept its memory");
+    invariants::nothing_left(stage)?;
+    subject.remove(stage)
+}
