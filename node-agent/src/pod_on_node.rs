@@ -190,8 +190,12 @@ fn find_in(bundles_dir: &Path, runc_root: &Path, pod_uid: &str) -> Result<PodOnN
     containers.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(PodOnNode {
         uid: pod_uid.to_owned(),
-        namespace: annotation(&config, "io.kubernetes.cri.sandbox-namespace").unwrap_or_default().to_owned(),
-        name: annotation(&config, "io.kubernetes.cri.sandbox-name").unwrap_or_default().to_owned(),
+        namespace: annotation(&config, "io.kubernetes.cri.sandbox-namespace")
+            .unwrap_or_default()
+            .to_owned(),
+        name: annotation(&config, "io.kubernetes.cri.sandbox-name")
+            .unwrap_or_default()
+            .to_owned(),
         sandbox_id,
         sandbox_pid,
         network_namespace: PathBuf::from(format!("/proc/{sandbox_pid}/ns/net")),
@@ -237,7 +241,10 @@ fn live_init(state: &Value) -> Option<i32> {
 }
 
 fn cgroup_of(state: &Value, pid: i32) -> Result<PathBuf, Error> {
-    if let Some(path) = state.get("cgroup_paths").and_then(|p| p.get("")).and_then(Value::as_str)
+    if let Some(path) = state
+        .get("cgroup_paths")
+        .and_then(|p| p.get(""))
+        .and_then(Value::as_str)
         && Path::new(path).is_dir()
     {
         return Ok(PathBuf::from(path));
@@ -321,7 +328,15 @@ mod tests {
     fn a_process_is_found_by_its_start_time_and_not_by_its_pid_alone() {
         let pid = std::process::id();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let start: u64 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(19).unwrap().parse().unwrap();
+        let start: u64 = stat
+            .rsplit_once(") ")
+            .unwrap()
+            .1
+            .split(' ')
+            .nth(19)
+            .unwrap()
+            .parse()
+            .unwrap();
         let state = serde_json::json!({"init_process_pid": pid, "init_process_start": start});
         assert_eq!(live_init(&state), i32::try_from(pid).ok());
         let other = serde_json::json!({"init_process_pid": pid, "init_process_start": start + 1});
@@ -334,8 +349,20 @@ mod tests {
         let (bundles, runc) = (dir.join("b"), dir.join("r"));
         let pid = std::process::id();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let start: u64 = stat.rsplit_once(") ").unwrap().1.split(' ').nth(19).unwrap().parse().unwrap();
-        for (id, kind, uid) in [("s", "sandbox", "u"), ("c", "container", "u"), ("x", "container", "other")] {
+        let start: u64 = stat
+            .rsplit_once(") ")
+            .unwrap()
+            .1
+            .split(' ')
+            .nth(19)
+            .unwrap()
+            .parse()
+            .unwrap();
+        for (id, kind, uid) in [
+            ("s", "sandbox", "u"),
+            ("c", "container", "u"),
+            ("x", "container", "other"),
+        ] {
             fs::create_dir_all(bundles.join(id)).unwrap();
             fs::create_dir_all(runc.join(id)).unwrap();
             let config = serde_json::json!({"annotations": {
@@ -343,7 +370,8 @@ mod tests {
                 "io.kubernetes.cri.container-name": "main", "io.kubernetes.cri.sandbox-name": "web-0"},
                 "mounts": [{"destination": "/dev/shm", "source": "/run/shm-of-pod"}]});
             fs::write(bundles.join(id).join("config.json"), config.to_string()).unwrap();
-            let state = serde_json::json!({"init_process_pid": pid, "init_process_start": start, "cgroup_paths": {"": "/sys"}});
+            let state =
+                serde_json::json!({"init_process_pid": pid, "init_process_start": start, "cgroup_paths": {"": "/sys"}});
             fs::write(runc.join(id).join("state.json"), state.to_string()).unwrap();
         }
         let pod = find_in(&bundles, &runc, "u").unwrap();
