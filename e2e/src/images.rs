@@ -44,11 +44,12 @@ pub struct Images {
 }
 
 impl Images {
-    /// Makes all images from the programs beside this one; `cargo` has to have built them.
+    /// Builds the programs, where they are not, and makes all images from them.
     ///
     /// # Errors
-    /// If a program is not there, or an archive cannot be written.
+    /// If a program does not build, or an archive cannot be written.
     pub fn build() -> Result<Self> {
+        progress::step("building operator, node-agent, runtime and workload", build_programs)?;
         let folder = parts::home()?.join("images");
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         let work = Work { folder: &folder };
@@ -138,17 +139,37 @@ pub fn checkout() -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// cargo in the checkout. What the cargo that started this program set for it would make packages look changed.
+fn cargo(folder: &Path) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
+            command.env_remove(name);
+        }
+    }
+    command.current_dir(folder).stdin(Stdio::null());
+    command
+}
+
+fn build_programs() -> Result<()> {
+    let checkout = checkout()?;
+    let mut build = cargo(&checkout);
+    build.args(["build", "--quiet", "--package", "operator", "--package", "node-agent", "--package", "runtime", "--package", "e2e", "--bins"]);
+    let output = build.output().context("cannot start cargo")?;
+    ensure!(output.status.success(), "the programs do not build: {}", String::from_utf8_lossy(&output.stderr).trim());
+    Ok(())
+}
+
 /// The library for machines without CAP_SYS_RESOURCE. It is loaded into a dynamically linked CRIU: flags of its own, a target folder of its own.
 fn limits_library() -> Result<PathBuf> {
     let checkout = checkout()?;
     let crate_folder = checkout.join("hostsys/criu-preload");
     let target = checkout.join("target/criu-preload");
-    let output = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let output = cargo(&crate_folder)
         .args(["build", "--quiet", "--release", "--target-dir"])
         .arg(&target)
         .env("RUSTFLAGS", "-C target-feature=-crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .current_dir(&crate_folder)
         .output()
         .with_context(|| format!("cannot build {}", crate_folder.display()))?;
     ensure!(output.status.success(), "cannot build {}: {}", crate_folder.display(), String::from_utf8_lossy(&output.stderr).trim());
