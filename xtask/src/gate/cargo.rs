@@ -43,7 +43,7 @@ pub(super) fn components(root: &Path) -> Result<()> {
 
 pub(super) fn format(root: &Path) -> Result<Outcome> {
     simple(
-        repository::cargo(root).args(["fmt", "--all", "--", "--check"]),
+        repository::cargo(root).args(["fmt", "--all", "--", "--check", "--color", "never"]),
         "format",
     )
 }
