@@ -25,6 +25,9 @@ pub const ANNOTATION_TARGET_OF: &str = "peregrine.dev/target-of";
 /// Annotation on a moved pod: the name under which the workload was first created. New names are made from it, so that
 /// they do not grow with the number of moves.
 pub const ANNOTATION_ORIGINAL_NAME: &str = "peregrine.dev/original-name";
+/// Annotation on a target pod until the commit: the user's labels as JSON, which it gets then, also if the source pod's object
+/// is gone by that time.
+pub const ANNOTATION_LABELS: &str = "peregrine.dev/labels";
 /// Prefix of the pod annotations that containerd hands to the wrapper.
 pub const POD_ANNOTATIONS: &str = "peregrine.dev/*";
 

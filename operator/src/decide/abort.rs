@@ -13,7 +13,10 @@ use super::world::{NodeView, Observed, World};
 #[must_use]
 pub fn canceled(world: &World) -> Option<Cause> {
     if world.is_deleting() {
-        return Some(Cause::new(Reason::CanceledByUser, "the migration was deleted before the commit"));
+        return Some(Cause::new(
+            Reason::CanceledByUser,
+            "the migration was deleted before the commit",
+        ));
     }
     (world.migration.spec.desired_state == DesiredState::Canceled).then(|| {
         Cause::new(
@@ -92,11 +95,9 @@ pub fn target_pod(world: &World) -> Option<Cause> {
         Observed::Unknown => None,
         Observed::Absent => lost("was deleted before the commit"),
         Observed::Present(p) if pod::uid(p) != recorded || pod::is_deleting(p) => lost("was deleted before the commit"),
-        Observed::Present(p) if pod::has_ended(p) => lost(&format!(
-            "ended before the commit ({}{})",
-            pod::phase(p),
-            detail(p)
-        )),
+        Observed::Present(p) if pod::has_ended(p) => {
+            lost(&format!("ended before the commit ({}{})", pod::phase(p), detail(p)))
+        }
         // A target of a live move waits under its shepherds: a container that dies or does not start is a failure, and the
         // kubelet's next try would be no better. A cold one may crash and start again, as any pod.
         Observed::Present(p) if !world.is_cold() && pod::has_failed_to_start(p) => lost(&match pod::trouble(p) {

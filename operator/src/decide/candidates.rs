@@ -35,13 +35,17 @@ pub fn find(world: &World, source: &Pod, memory: Option<i64>) -> Candidates {
     if let Some(name) = target.and_then(|t| t.node_name.as_deref()) {
         if name == from {
             let message = format!("node {name} is where the pod already runs");
-            found.checks.push(refused("target", Reason::TargetIsSource, message.clone()));
+            found
+                .checks
+                .push(refused("target", Reason::TargetIsSource, message.clone()));
             found.refusal = Some((Reason::TargetIsSource, message));
             return found;
         }
         if world.node(name).is_none_or(|n| !n.exists) {
             let message = format!("there is no node {name}");
-            found.checks.push(refused("target", Reason::NoTargetNode, message.clone()));
+            found
+                .checks
+                .push(refused("target", Reason::NoTargetNode, message.clone()));
             found.refusal = Some((Reason::NoTargetNode, message));
             return found;
         }

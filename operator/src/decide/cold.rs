@@ -162,8 +162,6 @@ pub fn finalize(world: &World) -> Decision {
     if !source_gone {
         message.push_str("; the old pod has not ended yet");
     }
-    draft
-        .view
-        .finish(Phase::Succeeded, true, Reason::StartedCold, &message);
+    draft.view.finish(Phase::Succeeded, true, Reason::StartedCold, &message);
     draft.done()
 }

@@ -100,8 +100,7 @@ impl<'a> Draft<'a> {
     pub fn wait(&mut self, wait: &Wait, deadline: Timestamp) {
         let patience = wait.since + PATIENCE;
         if self.world.now >= patience {
-            self.view
-                .set(cond::STALLED, Status::True, wait.reason, &wait.message);
+            self.view.set(cond::STALLED, Status::True, wait.reason, &wait.message);
         } else {
             self.view.unset(cond::STALLED);
             self.wake_at(patience);
@@ -109,6 +108,8 @@ impl<'a> Draft<'a> {
         if deadline > self.world.now {
             self.wake_at(deadline);
         }
+        // Changes wake us; this is for what no watch tells.
+        self.wake_at(self.world.now + PATIENCE);
     }
 
     /// Gives up before the commit: by the decision where there is one, at once where no agent can have acted.

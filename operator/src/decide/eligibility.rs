@@ -141,7 +141,10 @@ fn other_migrations(world: &World, source: &Pod) -> Vec<Check> {
         .filter(|o| o.accepted && Some(o.namespace.as_str()) == world.migration.metadata.namespace.as_deref())
         .filter_map(|other| {
             if other.target_pod.as_deref() == Some(name) {
-                Some(format!("pod {name} is the target of migration {}, which is not finished", other.name))
+                Some(format!(
+                    "pod {name} is the target of migration {}, which is not finished",
+                    other.name
+                ))
             } else if other.pod == name {
                 Some(format!("pod {name} is already being moved by migration {}", other.name))
             } else {
@@ -168,14 +171,30 @@ fn source_node(world: &World, source: &Pod) -> Option<Check> {
 #[must_use]
 pub fn agent_trouble(node: &NodeView) -> Option<String> {
     let Some((_, status)) = &node.migration_node else {
-        return Some(format!("node {} has no MigrationNode: no node-agent runs there", node.name));
+        return Some(format!(
+            "node {} has no MigrationNode: no node-agent runs there",
+            node.name
+        ));
     };
     match node.heartbeat {
         Heartbeat::Fresh => {}
-        Heartbeat::Stale => return Some(format!("node {} has a node-agent that sends no heartbeats any more", node.name)),
-        Heartbeat::Missing => return Some(format!("node {} has a node-agent that never sent a heartbeat", node.name)),
+        Heartbeat::Stale => {
+            return Some(format!(
+                "node {} has a node-agent that sends no heartbeats any more",
+                node.name
+            ));
+        }
+        Heartbeat::Missing => {
+            return Some(format!(
+                "node {} has a node-agent that never sent a heartbeat",
+                node.name
+            ));
+        }
     }
-    for type_ in [crds::migration_node::cond::READY, crds::migration_node::cond::COMPATIBLE] {
+    for type_ in [
+        crds::migration_node::cond::READY,
+        crds::migration_node::cond::COMPATIBLE,
+    ] {
         if let Some(text) = condition_trouble(&status.conditions, type_) {
             return Some(format!("node {} is not {type_}: {text}", node.name));
         }
@@ -208,7 +227,11 @@ pub fn of_spec(world: &World, source: &Pod) -> Vec<Check> {
         (spec.host_ipc, "hostIPC"),
     ] {
         if used == Some(true) {
-            checks.push(refused("namespaces", Reason::HostNamespace, format!("the pod uses {what}")));
+            checks.push(refused(
+                "namespaces",
+                Reason::HostNamespace,
+                format!("the pod uses {what}"),
+            ));
         }
     }
     if spec.share_process_namespace == Some(true) {
@@ -238,7 +261,10 @@ pub fn of_spec(world: &World, source: &Pod) -> Vec<Check> {
         checks.push(refused(
             "finalizers",
             Reason::PodNotMigratable,
-            format!("the pod has finalizers ({}), which somebody would miss on the moved pod", list.join(", ")),
+            format!(
+                "the pod has finalizers ({}), which somebody would miss on the moved pod",
+                list.join(", ")
+            ),
         ));
     }
     checks.extend(containers(spec, source));
@@ -260,7 +286,11 @@ fn containers(spec: &PodSpec, source: &Pod) -> Vec<Check> {
                 format!("container {} has a terminal (tty: true)", container.name),
             )));
         }
-        if container.security_context.as_ref().is_some_and(|s| s.privileged == Some(true)) {
+        if container
+            .security_context
+            .as_ref()
+            .is_some_and(|s| s.privileged == Some(true))
+        {
             checks.push(of(refused(
                 "privileges",
                 Reason::PrivilegedContainer,
@@ -303,11 +333,17 @@ fn containers(spec: &PodSpec, source: &Pod) -> Vec<Check> {
             ..refused(
                 "containers",
                 Reason::PodNotMigratable,
-                format!("container {} is a sidecar (an init container with restartPolicy Always)", sidecar.name),
+                format!(
+                    "container {} is a sidecar (an init container with restartPolicy Always)",
+                    sidecar.name
+                ),
             )
         });
     }
-    let ephemeral = source.status.iter().flat_map(|s| s.ephemeral_container_statuses.iter().flatten());
+    let ephemeral = source
+        .status
+        .iter()
+        .flat_map(|s| s.ephemeral_container_statuses.iter().flatten());
     for status in ephemeral {
         if status.state.as_ref().is_some_and(|s| s.running.is_some()) {
             checks.push(Check {
@@ -358,7 +394,10 @@ fn volume(world: &World, volume: &Volume) -> Option<Check> {
     } else {
         "of its kind".to_owned()
     };
-    no(format!("volume {} ({kind}) cannot be carried to another node", volume.name))
+    no(format!(
+        "volume {} ({kind}) cannot be carried to another node",
+        volume.name
+    ))
 }
 
 /// The longest freeze that the pod's probes allow, in milliseconds: exec, HTTP and gRPC probes fail while the pod is

@@ -2,7 +2,6 @@
 
 use crds::Reason;
 use crds::condition::{Status, find, is_true};
-use crds::names::LABEL_MIGRATION;
 use crds::process_migration::{ActiveOn, MigrationResult, Phase, ProcessMigrationStatus, ResidualDependency, cond};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
@@ -13,7 +12,7 @@ use super::effect::{Decision, HandOver};
 use super::settle::deletion;
 use super::wait::Wait;
 use super::world::{NodeView, Observed, World};
-use super::{pod, wait};
+use super::{pod, target_pod, wait};
 
 /// Decides about a migration whose decision is Committed.
 #[must_use]
@@ -143,8 +142,7 @@ pub fn hand_over(draft: &mut Draft<'_>) -> bool {
         // The reference goes in the same patch as the labels come.
         return true;
     }
-    // The source's object may be gone already (its user deleted it after the commit); then its labels are gone with it,
-    // unless an earlier pass was in time.
+    // The source's object may be gone already (its user deleted it after the commit): the target kept a copy of its labels.
     let source = source_of(world, &draft.status);
     let mut owners: Vec<_> = target
         .metadata
@@ -164,12 +162,7 @@ pub fn hand_over(draft: &mut Draft<'_>) -> bool {
         name: pod::name(target).to_owned(),
         uid: pod::uid(target).to_owned(),
         resource_version: target.metadata.resource_version.clone().unwrap_or_default(),
-        labels: source
-            .iter()
-            .flat_map(|s| s.metadata.labels.iter().flatten())
-            .filter(|(key, _)| key.as_str() != LABEL_MIGRATION)
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect(),
+        labels: source.map_or_else(|| target_pod::kept_labels(target), target_pod::user_labels),
         owners,
     });
     false
@@ -241,15 +234,15 @@ fn finish(draft: &mut Draft<'_>, target: Target) {
     match target {
         Target::Starting => message.push_str("; the pod is not Ready yet"),
         Target::Ended => message = format!("the processes moved to pod {name} on node {node} and ended there"),
-        Target::Deleted => message = format!("the processes moved to pod {name} on node {node}, which was deleted since"),
+        Target::Deleted => {
+            message = format!("the processes moved to pod {name} on node {node}, which was deleted since")
+        }
         Target::Ready | Target::LostWithNode => {}
     }
     if find(&draft.view.conditions, cond::RESIDUAL_FREE).is_some_and(|c| c.status != "True") {
         message.push_str("; the source's node has not confirmed the end of the source");
     }
-    draft
-        .view
-        .finish(Phase::Succeeded, true, Reason::Migrated, &message);
+    draft.view.finish(Phase::Succeeded, true, Reason::Migrated, &message);
 }
 
 /// The figures, from both halves.
@@ -278,10 +271,7 @@ fn result(world: &World, status: &ProcessMigrationStatus) -> MigrationResult {
 /// From the first sight of the object until now.
 #[must_use]
 pub fn total(world: &World) -> i64 {
-    let begun = world
-        .first_seen
-        .or_else(|| wait::start(world))
-        .unwrap_or(world.now);
+    let begun = world.first_seen.or_else(|| wait::start(world)).unwrap_or(world.now);
     i64::try_from(world.now.duration_since(begun).as_millis())
         .unwrap_or(i64::MAX)
         .max(0)

@@ -25,14 +25,21 @@ pub fn turn(world: &World, source: &str, candidates: &[String], deadline: Option
             world.limits.cluster
         ));
     }
-    let out = active.iter().filter(|o| o.source_node.as_deref() == Some(source)).count();
+    let out = active
+        .iter()
+        .filter(|o| o.source_node.as_deref() == Some(source))
+        .count();
     let most_out = limit(world.node(source), |s| s.max_outbound, world.limits.outbound);
     if out >= most_out {
         return Turn::Wait(format!(
             "waiting for its turn: {out} of {most_out} moves from node {source} are under way"
         ));
     }
-    let open: Vec<String> = candidates.iter().filter(|n| has_room(world, &active, n)).cloned().collect();
+    let open: Vec<String> = candidates
+        .iter()
+        .filter(|n| has_room(world, &active, n))
+        .cloned()
+        .collect();
     if open.is_empty() {
         return Turn::Wait(format!(
             "waiting for its turn: node {} has as many moves to it as it takes",
@@ -58,7 +65,10 @@ pub fn turn(world: &World, source: &str, candidates: &[String], deadline: Option
 
 fn could_start(world: &World, active: &[&Other], other: &Other) -> bool {
     other.source_node.as_deref().is_none_or(|source| {
-        let out = active.iter().filter(|o| o.source_node.as_deref() == Some(source)).count();
+        let out = active
+            .iter()
+            .filter(|o| o.source_node.as_deref() == Some(source))
+            .count();
         out < limit(world.node(source), |s| s.max_outbound, world.limits.outbound)
     })
 }

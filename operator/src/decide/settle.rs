@@ -86,6 +86,10 @@ pub fn remove_target(draft: &mut Draft<'_>, since: Timestamp, grace: Option<u32>
         draft.view.target.pod_name = Some(pod::name(target).to_owned());
     }
     draft.effects.delete_target = deletion(world, target, since, grace);
+    let late = since + world.progress_timeout();
+    if late > world.now {
+        draft.wake_at(late);
+    }
     false
 }
 
@@ -149,7 +153,9 @@ fn outcome(world: &World, status: &ProcessMigrationStatus, cause: &Cause) -> (Ph
         let node = source_node.unwrap_or("?");
         return (
             Phase::Failed,
-            format!("{message}; the node-agent of node {node} has not said that the pod runs again, it resumes the pod when it is back"),
+            format!(
+                "{message}; the node-agent of node {node} has not said that the pod runs again, it resumes the pod when it is back"
+            ),
         );
     }
     (Phase::RolledBack, message)

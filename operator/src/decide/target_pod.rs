@@ -11,7 +11,8 @@ use std::collections::BTreeMap;
 
 use crds::ProcessMigration;
 use crds::names::{
-    ANNOTATION_ORIGINAL_NAME, ANNOTATION_TARGET_OF, GROUP, LABEL_MIGRATION, RUNTIME_CLASS, migration_label,
+    ANNOTATION_LABELS, ANNOTATION_ORIGINAL_NAME, ANNOTATION_TARGET_OF, GROUP, LABEL_MIGRATION, RUNTIME_CLASS,
+    migration_label,
 };
 use k8s_openapi::api::core::v1::{
     Affinity, Container, NodeAffinity, NodeSelector, NodeSelectorRequirement, NodeSelectorTerm, Pod, PodSpec,
@@ -77,6 +78,31 @@ pub fn original_name(source: &Pod) -> String {
         .unwrap_or_else(|| pod::name(source).to_owned())
 }
 
+/// The labels of a pod but for ours.
+#[must_use]
+pub fn user_labels(source: &Pod) -> BTreeMap<String, String> {
+    source
+        .metadata
+        .labels
+        .iter()
+        .flatten()
+        .filter(|(key, _)| key.as_str() != LABEL_MIGRATION)
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect()
+}
+
+/// The user's labels as the target pod keeps them until the commit.
+#[must_use]
+pub fn kept_labels(target: &Pod) -> BTreeMap<String, String> {
+    target
+        .metadata
+        .annotations
+        .as_ref()
+        .and_then(|a| a.get(ANNOTATION_LABELS))
+        .and_then(|json| serde_json::from_str(json).ok())
+        .unwrap_or_default()
+}
+
 fn is_pod_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 253
@@ -102,6 +128,10 @@ pub fn build(source: &Pod, migration: &ProcessMigration, candidates: &[String], 
         .map(|(key, value)| (key.clone(), value.clone()))
         .collect();
     annotations.insert(ANNOTATION_ORIGINAL_NAME.to_owned(), original.clone());
+    annotations.insert(
+        ANNOTATION_LABELS.to_owned(),
+        serde_json::to_string(&user_labels(source)).unwrap_or_default(),
+    );
     if mode == Mode::Live {
         annotations.insert(ANNOTATION_TARGET_OF.to_owned(), uid.clone());
     }
@@ -168,7 +198,9 @@ fn hostname(pod_name: &str) -> String {
 /// Pins the image to what runs, where the runtime knows it by a digest that a registry would know too. An image that was
 /// imported from a file has only the digest of its configuration, under which nothing can be pulled.
 fn pin(container: &mut Container, source: &Pod) {
-    let status = pod::container_statuses(source).iter().find(|s| s.name == container.name);
+    let status = pod::container_statuses(source)
+        .iter()
+        .find(|s| s.name == container.name);
     let Some(id) = status.map(|s| s.image_id.as_str()) else {
         return;
     };
@@ -229,13 +261,11 @@ fn affinity(of: Option<Affinity>, candidates: &[String], moved: bool) -> Option<
 }
 
 fn on(mut term: NodeSelectorTerm, node: &str) -> NodeSelectorTerm {
-    term.match_fields
-        .get_or_insert_default()
-        .push(NodeSelectorRequirement {
-            key: NODE_NAME_FIELD.to_owned(),
-            operator: "In".to_owned(),
-            values: Some(vec![node.to_owned()]),
-        });
+    term.match_fields.get_or_insert_default().push(NodeSelectorRequirement {
+        key: NODE_NAME_FIELD.to_owned(),
+        operator: "In".to_owned(),
+        values: Some(vec![node.to_owned()]),
+    });
     term
 }
 

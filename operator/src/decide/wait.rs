@@ -69,7 +69,10 @@ pub fn of_moving(world: &World) -> Wait {
     let status = world.status();
     let wait = |reason, message: String| Wait { reason, message, since };
     let Some(target) = world.target_pod.present() else {
-        return wait(Reason::WaitingForTarget, "waiting for the target pod to be created".to_owned());
+        return wait(
+            Reason::WaitingForTarget,
+            "waiting for the target pod to be created".to_owned(),
+        );
     };
     let name = pod::name(target);
     let Some(node) = pod::node(target) else {
@@ -99,13 +102,19 @@ pub fn of_moving(world: &World) -> Wait {
             },
         );
     }
-    let source_node = status.source.as_ref().and_then(|s| s.node_name.as_deref()).unwrap_or("?");
+    let source_node = status
+        .source
+        .as_ref()
+        .and_then(|s| s.node_name.as_deref())
+        .unwrap_or("?");
     if is_true(&status.conditions, cond::MEMORY_SYNCED) {
         let step = status.target.as_ref().and_then(|t| t.step.as_deref());
         return wait(
             Reason::WaitingForRestore,
             match step {
-                Some(step) => format!("waiting for node {node} to restore the processes and to take the decision (step {step})"),
+                Some(step) => {
+                    format!("waiting for node {node} to restore the processes and to take the decision (step {step})")
+                }
                 None => format!("waiting for node {node} to restore the processes and to take the decision"),
             },
         );

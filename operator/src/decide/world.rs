@@ -41,7 +41,7 @@ pub struct World {
     /// The pod under the target pod's name (which follows from the migration's uid).
     pub target_pod: Observed<Pod>,
     /// Every node of the cluster.
-    pub nodes: Vec<NodeView>,
+    pub nodes: Arc<Vec<NodeView>>,
     /// Access modes of the claims that the source pod uses.
     pub claims: BTreeMap<String, Observed<Vec<String>>>,
     /// The unfinished migrations but this.
@@ -50,6 +50,8 @@ pub struct World {
     pub limits: Limits,
     /// When this process last saw an agent's half change. Absent after a restart.
     pub last_change: Option<Timestamp>,
+    /// When this process first saw the object, where it was the first to see it: exact, unlike the times in the API.
+    pub first_seen: Option<Timestamp>,
     /// What the API said to effects of this pass.
     pub learned: Learned,
 }

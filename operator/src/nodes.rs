@@ -1,0 +1,312 @@
+//! Every node as decisions see it: Node, MigrationNode and its agent's heartbeat in one view; and the label that says
+//! whether a node can take part.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use crds::MigrationNode;
+use crds::names::LABEL_NODE_READY;
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::Node;
+use kube::api::{Api, Patch, PatchParams};
+use kube::runtime::WatchStreamExt;
+use kube::runtime::reflector::{Store, reflector, store};
+use kube::runtime::watcher::{self, watcher};
+use kube::{Client, ResourceExt};
+use serde_json::json;
+use tokio::sync::Notify;
+
+use crate::context::Context;
+use crate::decide::eligibility::agent_trouble;
+use crate::decide::world::{Heartbeat, NodeView};
+use crate::error::{Class, chain, classify};
+
+/// A heartbeat's patience where the lease does not say.
+const DEFAULT_LEASE: Duration = Duration::from_secs(40);
+
+/// Every node.
+#[derive(Debug)]
+pub struct Nodes {
+    nodes: Store<Node>,
+    migration_nodes: Store<MigrationNode>,
+    heartbeats: Mutex<HashMap<String, Beat>>,
+    view: RwLock<Arc<Vec<NodeView>>>,
+    changed: Arc<Notify>,
+    leases_listed: AtomicBool,
+    nodes_listed: AtomicBool,
+    migration_nodes_listed: AtomicBool,
+}
+
+/// A heartbeat as seen here. The agent's clock is not asked after the first sight: only that the renewal changes.
+#[derive(Clone, Debug)]
+struct Beat {
+    renewed: Option<Timestamp>,
+    seen: Instant,
+    patience: Duration,
+}
+
+impl Nodes {
+    /// Starts the watches.
+    #[must_use]
+    pub fn start(client: Client, namespace: &str) -> Arc<Nodes> {
+        let (nodes, node_writer) = store::<Node>();
+        let (migration_nodes, migration_node_writer) = store::<MigrationNode>();
+        let this = Arc::new(Nodes {
+            nodes,
+            migration_nodes,
+            heartbeats: Mutex::default(),
+            view: RwLock::default(),
+            changed: Arc::new(Notify::new()),
+            leases_listed: AtomicBool::new(false),
+            nodes_listed: AtomicBool::new(false),
+            migration_nodes_listed: AtomicBool::new(false),
+        });
+        let watched = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
+            .modify(|node| {
+                node.metadata.managed_fields = None;
+                node.metadata.annotations = None;
+                if let Some(status) = &mut node.status {
+                    status.images = None;
+                }
+            })
+            .default_backoff();
+        let me = this.clone();
+        tokio::spawn(reflector(node_writer, watched).for_each(move |event| {
+            me.noted(&event, &me.nodes_listed);
+            futures::future::ready(())
+        }));
+        let watched = watcher(Api::<MigrationNode>::all(client.clone()), watcher::Config::default())
+            .modify(|node| node.metadata.managed_fields = None)
+            .default_backoff();
+        let me = this.clone();
+        tokio::spawn(reflector(migration_node_writer, watched).for_each(move |event| {
+            me.noted(&event, &me.migration_nodes_listed);
+            futures::future::ready(())
+        }));
+        let leases = watcher(
+            Api::<Lease>::namespaced(client, namespace),
+            watcher::Config::default().labels("app.kubernetes.io/component=node-agent"),
+        )
+        .default_backoff();
+        let me = this.clone();
+        tokio::spawn(leases.for_each(move |event| {
+            me.heartbeat(&event);
+            me.noted(&event, &me.leases_listed);
+            futures::future::ready(())
+        }));
+        this
+    }
+
+    /// The nodes as of now.
+    #[must_use]
+    pub fn view(&self) -> Arc<Vec<NodeView>> {
+        self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the first lists are here.
+    #[must_use]
+    pub fn is_synced(&self) -> bool {
+        [&self.leases_listed, &self.nodes_listed, &self.migration_nodes_listed]
+            .iter()
+            .all(|flag| flag.load(Ordering::Acquire))
+    }
+
+    fn noted<K>(&self, event: &Result<watcher::Event<K>, watcher::Error>, listed: &AtomicBool) {
+        match event {
+            Ok(watcher::Event::InitDone) => {
+                listed.store(true, Ordering::Release);
+                self.changed.notify_one();
+            }
+            Ok(watcher::Event::Apply(_) | watcher::Event::Delete(_)) => self.changed.notify_one(),
+            Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => {}
+            Err(error) => {
+                tracing::warn!(error = %chain(error), "a watch failed; it begins again");
+                // While the API cannot be reached the agents cannot renew either. Nobody is lost for that: patience
+                // begins anew when the watch is back.
+                for beat in self.beats().values_mut() {
+                    beat.seen = Instant::now();
+                }
+            }
+        }
+    }
+
+    fn heartbeat(&self, event: &Result<watcher::Event<Lease>, watcher::Error>) {
+        match event {
+            Ok(watcher::Event::Apply(lease) | watcher::Event::InitApply(lease)) => {
+                let spec = lease.spec.clone().unwrap_or_default();
+                let renewed = spec.renew_time.map(|t| t.0);
+                let patience = spec
+                    .lease_duration_seconds
+                    .and_then(|s| u64::try_from(s).ok())
+                    .map_or(DEFAULT_LEASE, Duration::from_secs);
+                let name = lease.name_any();
+                let mut beats = self.beats();
+                match beats.get_mut(&name) {
+                    Some(beat) if beat.renewed == renewed => beat.patience = patience,
+                    Some(beat) => {
+                        *beat = Beat {
+                            renewed,
+                            seen: Instant::now(),
+                            patience,
+                        }
+                    }
+                    None => {
+                        // At first sight only the agent's own clock tells how old the renewal is.
+                        let age = renewed
+                            .map(|t| Timestamp::now().duration_since(t))
+                            .and_then(|age| Duration::try_from(age).ok())
+                            .unwrap_or_default();
+                        let seen = Instant::now().checked_sub(age).unwrap_or_else(Instant::now);
+                        beats.insert(
+                            name,
+                            Beat {
+                                renewed,
+                                seen,
+                                patience,
+                            },
+                        );
+                    }
+                }
+            }
+            Ok(watcher::Event::Delete(lease)) => {
+                self.beats().remove(&lease.name_any());
+            }
+            Ok(watcher::Event::Init | watcher::Event::InitDone) | Err(_) => {}
+        }
+    }
+
+    fn beats(&self) -> std::sync::MutexGuard<'_, HashMap<String, Beat>> {
+        self.heartbeats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Follows all changes for ever: wakes the migrations that may be concerned, and labels the nodes.
+    pub async fn run(self: Arc<Self>, ctx: Arc<Context>) {
+        let mut leading = ctx.leading.clone();
+        loop {
+            if self.is_synced() && self.refresh() {
+                ctx.kick.notify_one();
+            }
+            let all_labelled = if ctx.leads() && self.is_synced() {
+                self.label(&ctx).await
+            } else {
+                true
+            };
+            ctx.forget_the_gone(Timestamp::now());
+            let next = if all_labelled {
+                self.next_expiry()
+            } else {
+                Duration::from_secs(2)
+            };
+            tokio::select! {
+                () = self.changed.notified() => {}
+                changed = leading.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                () = tokio::time::sleep(next) => {}
+            }
+        }
+    }
+
+    /// Puts the view together. True: something that decisions look at is different.
+    fn refresh(&self) -> bool {
+        let nodes: HashMap<String, Arc<Node>> = self.nodes.state().into_iter().map(|n| (n.name_any(), n)).collect();
+        let migration_nodes: HashMap<String, Arc<MigrationNode>> = self
+            .migration_nodes
+            .state()
+            .into_iter()
+            .map(|n| (n.name_any(), n))
+            .collect();
+        let names: BTreeSet<&String> = nodes.keys().chain(migration_nodes.keys()).collect();
+        let beats = self.beats().clone();
+        let view: Vec<NodeView> = names
+            .into_iter()
+            .map(|name| {
+                let node = nodes.get(name);
+                NodeView {
+                    name: name.clone(),
+                    exists: node.is_some(),
+                    ready: node.is_some_and(|n| is_ready(n)),
+                    cordoned: node.is_some_and(|n| n.spec.as_ref().and_then(|s| s.unschedulable) == Some(true)),
+                    labels: node.and_then(|n| n.metadata.labels.clone()).unwrap_or_default(),
+                    migration_node: migration_nodes.get(name).map(|m| {
+                        let mut status = m.status.clone().unwrap_or_default();
+                        // When a probe was made decides nothing, and must not wake everybody.
+                        status.probe_time = None;
+                        (m.spec.clone(), status)
+                    }),
+                    heartbeat: match beats.get(name) {
+                        None => Heartbeat::Missing,
+                        Some(beat) if beat.seen.elapsed() < beat.patience => Heartbeat::Fresh,
+                        Some(_) => Heartbeat::Stale,
+                    },
+                }
+            })
+            .collect();
+        let mut current = self.view.write().unwrap_or_else(PoisonError::into_inner);
+        if **current == view {
+            return false;
+        }
+        for node in &view {
+            let before = current.iter().find(|n| n.name == node.name).map(|n| n.heartbeat);
+            if before != Some(node.heartbeat) && node.heartbeat == Heartbeat::Stale {
+                tracing::warn!(node = %node.name, "the node-agent sends no heartbeats any more");
+            }
+        }
+        *current = Arc::new(view);
+        true
+    }
+
+    fn next_expiry(&self) -> Duration {
+        let longest = Duration::from_secs(30);
+        self.beats()
+            .values()
+            .filter_map(|b| b.patience.checked_sub(b.seen.elapsed()))
+            .min()
+            .map_or(longest, |d| (d + Duration::from_millis(50)).min(longest))
+    }
+
+    /// Sets the label on nodes where it is not right. True: all are right now.
+    async fn label(&self, ctx: &Context) -> bool {
+        let mut all = true;
+        let api: Api<Node> = Api::all(ctx.client.clone());
+        for (name, wanted) in labels_to_set(&self.view()) {
+            let patch = json!({"metadata": {"labels": {LABEL_NODE_READY: wanted}}});
+            match api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await {
+                Ok(_) => tracing::info!(node = %name, ready = wanted.unwrap_or("-"), "labelled the node"),
+                Err(error) if classify(&error) == Class::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(node = %name, error = %chain(&error), "failed to label the node");
+                    all = false;
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Which nodes' labels are not right, and what they should be.
+fn labels_to_set(view: &[NodeView]) -> BTreeMap<String, Option<&'static str>> {
+    view.iter()
+        .filter(|n| n.exists)
+        .filter_map(|node| {
+            let wanted = node
+                .migration_node
+                .as_ref()
+                .map(|_| if agent_trouble(node).is_none() { "true" } else { "false" });
+            (node.labels.get(LABEL_NODE_READY).map(String::as_str) != wanted).then(|| (node.name.clone(), wanted))
+        })
+        .collect()
+}
+
+fn is_ready(node: &Node) -> bool {
+    node.status
+        .as_ref()
+        .and_then(|s| s.conditions.as_ref())
+        .is_some_and(|c| c.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
