@@ -10,6 +10,7 @@ mod crashes;
 mod plain_moves;
 mod refusals;
 mod runner;
+mod steps;
 
 pub use runner::{Outcome, Settings, run, sweep};
 
@@ -53,5 +54,5 @@ impl Scenario {
 /// All of them, in the order in which they are played.
 #[must_use]
 pub fn all() -> Vec<Scenario> {
-    [plain_moves::scenarios(), refusals::scenarios(), cancel::scenarios(), crashes::scenarios()].concat()
+    [plain_moves::scenarios(), refusals::scenarios(), cancel::scenarios(), crashes::scenarios(), steps::scenarios()].concat()
 }

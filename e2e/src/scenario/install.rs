@@ -15,6 +15,12 @@ pub const RELEASE: &str = "peregrine";
 /// How long the release may take to be at work: agents restart their node's container runtime once.
 const AT_WORK: Duration = Duration::from_secs(120);
 
+/// Values with which agents obey the faults of scenarios.
+#[must_use]
+pub fn with_faults() -> Vec<String> {
+    vec!["agent.extraEnv[0].name=PEREGRINE_ENABLE_FAULT_INJECTION".to_owned(), "agent.extraEnv[0].value=true".to_owned()]
+}
+
 /// Installs the chart, or upgrades it, and waits until every node can take part in moves. `values` are `--set` arguments of helm.
 ///
 /// # Errors
@@ -27,7 +33,7 @@ pub fn install(stage: &Stage, values: &[String]) -> Result<()> {
         helm.args(["--set", &format!("{name}.image={}", image.name())]);
     }
     for value in values {
-        helm.args(["--set", value]);
+        helm.args(["--set-string", value]);
     }
     output(helm, "helm upgrade --install")?;
     wait_at_work(stage)

@@ -55,7 +55,7 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
         Stage::on_own_cluster()?
     };
     sweep(&stage)?;
-    install::install(&stage, &[])?;
+    install::install(&stage, &install::with_faults())?;
     let mut outcome = Outcome::default();
     for scenario in &chosen {
         if scenario.needs_own_cluster && !stage.is_own() {
@@ -92,7 +92,7 @@ fn play(stage: &Stage, scenario: &Scenario) -> Result<()> {
 
 /// Brings cluster and release back to work, as far as that is possible.
 fn repair(stage: &Stage) {
-    let steps: [(&str, fn(&Stage) -> Result<()>); 4] = [("nodes", heal), ("release", |stage| install::install(stage, &[])), ("objects", sweep), ("agents", install::wait_at_work)];
+    let steps: [(&str, fn(&Stage) -> Result<()>); 4] = [("nodes", heal), ("release", |stage| install::install(stage, &install::with_faults())), ("objects", sweep), ("agents", install::wait_at_work)];
     for (what, step) in steps {
         if let Err(error) = step(stage) {
             eprintln!("cannot bring back the {what}: {error:#}");
