@@ -339,13 +339,72 @@ pub fn join_cgroup(command: &mut Command, cgroup: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Lets a command start as leader of a session of its own: it has no terminal and gets no signal meant for the caller's
-/// group.
-pub fn own_session(command: &mut Command) {
-    // SAFETY: between fork and exec only setsid(2) is called, which is async-signal-safe.
-    unsafe {
-        command.pre_exec(|| nix::unistd::setsid().map(drop).map_err(io::Error::from));
+/// Becomes another program: it keeps pid, streams and descriptors of the caller. Returns only when that failed.
+#[must_use]
+pub fn replace_by(program: &Path, arguments: &[OsString], environment: &[(OsString, OsString)]) -> Error {
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .envs(environment.iter().map(|(name, value)| (name, value)));
+    Error::Start {
+        program: program.display().to_string(),
+        source: command.exec(),
     }
+}
+
+/// Starts a program that outlives the caller: leader of a session of its own, in a cgroup of its own, with the caller's
+/// three standard streams and no other descriptor. It is not awaited here.
+///
+/// # Errors
+/// It could not be started.
+pub fn start_detached(program: &Path, name: &OsStr, arguments: &[OsString], cgroup: &Path) -> Result<Child, Error> {
+    let error = |source| Error::Start {
+        program: program.display().to_string(),
+        source,
+    };
+    let mut command = Command::new(program);
+    command.arg0(name).args(arguments).current_dir("/");
+    join_cgroup(&mut command, cgroup).map_err(error)?;
+    // SAFETY: between fork and exec only setsid(2) and close_range(2) are called, which are async-signal-safe. The range is
+    // marked, not closed: the standard library reports a failed exec through a descriptor of its own.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            let marked = nix::libc::syscall(
+                nix::libc::SYS_close_range,
+                3,
+                nix::libc::c_uint::MAX,
+                nix::libc::CLOSE_RANGE_CLOEXEC,
+            );
+            if marked == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
+        });
+    }
+    command.spawn().map_err(error)
+}
+
+/// Starts a program with the caller's standard streams in a process group of its own; its end is seen by `waitpid`.
+///
+/// # Errors
+/// It could not be started.
+pub fn start_in_group(
+    program: &Path,
+    arguments: &[OsString],
+    environment: &[(OsString, OsString)],
+) -> Result<i32, Error> {
+    let error = |source| Error::Start {
+        program: program.display().to_string(),
+        source,
+    };
+    let mut command = Command::new(program);
+    command
+        .args(arguments)
+        .envs(environment.iter().map(|(name, value)| (name, value)));
+    let child = command.process_group(0).spawn().map_err(error)?;
+    i32::try_from(child.id()).map_err(|_| error(io::ErrorKind::InvalidData.into()))
 }
 
 /// Ends the calling process as if by this signal, so that its parent sees the same status; no core is written.

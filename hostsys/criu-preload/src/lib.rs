@@ -1,0 +1,71 @@
+//! Preloaded into CRIU on machines where it lacks CAP_SYS_RESOURCE: answers its question for another user's limits.
+//!
+//! CRIU asks by `syscall(SYS_prlimit64, pid, resource, NULL, &old)`. Without the capability the kernel answers EPERM for a
+//! process of another uid, so no container that runs as an ordinary user could be dumped. `/proc/PID/limits` says the same to
+//! root without it. Only that one refused question is answered from there; every other call is made as it came, and whatever
+//! is not understood stays EPERM.
+//!
+//! No standard library: its own locks and random numbers go through `syscall`, which is replaced here. Calls are made by the
+//! instruction, so nothing of libc is needed but the place of `errno`.
+//!
+//! Licence: MIT (it is loaded into a GPL-2.0 program).
+
+#![cfg_attr(not(test), no_std)]
+
+use core::ffi::{c_int, c_long, c_void};
+
+mod limits;
+mod raw;
+
+#[cfg(not(test))]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    // Nothing here panics; if it did, CRIU's call must not go on.
+    loop {
+        core::hint::spin_loop();
+    }
+}
+
+unsafe extern "C" {
+    fn __errno_location() -> *mut c_int;
+}
+
+const EPERM: c_long = 1;
+
+/// Stands for libc's `syscall`. The caller passes up to six arguments; the rest is whatever the registers hold, as in libc.
+///
+/// # Safety
+/// As for the system call that is asked for.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub unsafe extern "C" fn syscall(
+    number: c_long,
+    a: c_long,
+    b: c_long,
+    c: c_long,
+    d: c_long,
+    e: c_long,
+    f: c_long,
+) -> c_long {
+    // SAFETY: passed on exactly as the caller gave it.
+    let mut result = unsafe { raw::call(number, [a, b, c, d, e, f]) };
+    if number == raw::PRLIMIT64
+        && result == -EPERM
+        && c == 0
+        && d != 0
+        && let Some((soft, hard)) = limits::read(a, b)
+    {
+        let old = d as *mut c_void as *mut u64;
+        // SAFETY: the caller gave a place for a `struct rlimit64`, two u64, which the kernel would have filled.
+        unsafe {
+            old.write_unaligned(soft);
+            old.add(1).write_unaligned(hard);
+        }
+        result = 0;
+    }
+    if (-4095..0).contains(&result) {
+        // SAFETY: libc's own place of errno for this thread.
+        unsafe { *__errno_location() = -result as c_int };
+        return -1;
+    }
+    result
+}
