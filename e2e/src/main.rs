@@ -28,6 +28,14 @@ enum Command {
         #[arg(long)]
         any_cluster: bool,
     },
+    /// Talk nonsense to an agent
+    #[command(hide = true)]
+    Pest {
+        /// Where the agent listens
+        address: std::net::SocketAddr,
+        /// noise, silence, http or flood
+        case: String,
+    },
     /// Listen for the beats of workloads
     #[command(hide = true)]
     Witness {
@@ -55,6 +63,7 @@ fn main() -> ExitCode {
             Command::Bench(settings) => bench::run(&settings),
             Command::Scenarios { only, list, any_cluster } => scenario::run(&scenario::Settings { only, list, any_cluster })
                 .map(|outcome| if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+            Command::Pest { address, case } => scenario::pest(address, &case).map(|()| ExitCode::SUCCESS),
             Command::Witness { listen, socket } => witness::run(listen, &socket).map(|()| ExitCode::SUCCESS),
             Command::Internal { argv } => cluster::internal(&argv),
         },

@@ -7,11 +7,15 @@ pub mod subject;
 
 mod cancel;
 mod crashes;
+mod hostile;
+mod lifecycle;
 mod plain_moves;
+mod policies;
 mod refusals;
 mod runner;
 mod steps;
 
+pub use hostile::pest;
 pub use runner::{Outcome, Settings, run, sweep};
 
 use std::time::Duration;
@@ -54,5 +58,5 @@ impl Scenario {
 /// All of them, in the order in which they are played.
 #[must_use]
 pub fn all() -> Vec<Scenario> {
-    [plain_moves::scenarios(), refusals::scenarios(), cancel::scenarios(), crashes::scenarios(), steps::scenarios()].concat()
+    [plain_moves::scenarios(), refusals::scenarios(), policies::scenarios(), cancel::scenarios(), crashes::scenarios(), steps::scenarios(), hostile::scenarios(), lifecycle::scenarios()].concat()
 }

@@ -76,7 +76,8 @@ fn attempt(stage: &Stage, from: &str, to: &str, mib: u32, containers: u16) -> Re
 
 /// A bundle per container on a node, in a file system in memory.
 fn prepare(stage: &Stage, node: &str, mib: u32, containers: u16) -> Result<()> {
-    stage.on_node(node, &format!("{SETUP}\nmkdir -p {FOLDER}; mountpoint -q {FOLDER} || mount -t tmpfs -o mode=0700 stock {FOLDER}; mkdir -p {FOLDER}/root"))?;
+    stage.on_node(node, &format!("{SETUP}\nmkdir -p {FOLDER}; mountpoint -q {FOLDER} || mount -t tmpfs -o mode=0700 stock {FOLDER}; mkdir -p {FOLDER}/root; echo network-lock nftables > {FOLDER}/criu.conf"))?;
+    let cluster = stage.cluster()?;
     let program = crate::parts::home()?.join("images/workload");
     let program = if program.is_file() { program } else { crate::images::program("workload")? };
     for index in 0..containers {
@@ -86,7 +87,6 @@ fn prepare(stage: &Stage, node: &str, mib: u32, containers: u16) -> Result<()> {
             entries.push(Entry::folder(&format!("{index}/rootfs/{folder}"), 0o1777, (0, 0)));
         }
         let layer = Image { name: "stock:1".to_owned(), entries, ..Image::default() }.layer()?;
-        let cluster = stage.cluster()?;
         input(cluster.exec(cluster.node(node)?, &["tar", "x", "-C", FOLDER, "-f", "-"])?, &layer, "tar")?;
     }
     Ok(())
@@ -97,6 +97,8 @@ fn bundle(mib: u32, index: u16) -> serde_json::Value {
     let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID"];
     json!({
         "ociVersion": "1.0.2",
+        // Debian's nodes have nft and no iptables.
+        "annotations": {"org.criu.config": format!("{FOLDER}/criu.conf")},
         "process": {
             "terminal": false, "user": {"uid": 0, "gid": 0}, "cwd": "/", "env": ["PATH=/"],
             "args": ["/workload", "run", "--name", "stock", "--mib", mib.to_string(), "--http", "8080"],
