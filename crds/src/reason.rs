@@ -42,6 +42,8 @@ reasons! {
     Eligible => "",
     /// The report of a dry run is complete; nothing was moved.
     DryRunComplete => "",
+    /// The node's agent has what it needs.
+    NodeReady => "",
     /// Waiting for the agent of the source node.
     WaitingForSourceAgent => "See the MigrationNode of the source node and the log of its node-agent.",
     /// Waiting for its turn: a limit of moves at once is reached.

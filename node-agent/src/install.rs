@@ -17,6 +17,7 @@ pub mod containerd_config;
 pub mod cri;
 pub mod criu;
 pub mod files;
+pub mod keep;
 pub mod record;
 pub mod undo;
 

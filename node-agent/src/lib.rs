@@ -3,15 +3,46 @@
 //! | module | holds |
 //! |---|---|
 //! | [`args`] | the command line |
+//! | [`admin`] | health and metrics over HTTP |
+//! | [`context`] | the API client |
+//! | [`metrics`] | metrics |
+//! | [`node_status`] | MigrationNode and heartbeat |
+//! | [`probe`] | what the node can do, by trying |
+//! | [`run`] | the agent's life |
+//! | [`watches`] | migrations of this node |
 //! | [`host`] | the node's namespaces, joined first |
 //! | [`install`] | wrapper, runtime handler, and their undo |
 //! | [`identity`] | key, certificate, TLS settings |
 //! | [`pod_on_node`] | sandbox and containers of a pod, as containerd and runc know them |
+//! | [`cure`] | CRIU's images, cured |
+//! | [`decide`] | decisions, pure |
+//! | [`fault`] | faults, for tests only |
+//! | [`journal`] | what a session is about to do, before it does it |
+//! | [`files`] | file trees on their way |
+//! | [`outbox`] | what a source has to send |
+//! | [`peer`] | connections between agents |
 //! | [`error`] | printing an error with its causes |
 
 pub mod args;
+pub mod watches;
+pub mod run;
+pub mod probe;
+pub mod node_status;
+pub mod metrics;
+pub mod context;
+pub mod admin;
+pub mod cure;
+pub mod decide;
 pub mod error;
+pub mod fault;
 pub mod host;
 pub mod identity;
 pub mod install;
+pub mod journal;
+pub mod files;
+pub mod outbox;
+pub mod peer;
 pub mod pod_on_node;
+mod start;
+
+pub use start::start;

@@ -1,0 +1,151 @@
+//! The agent's life: recover, supervise, watch its own work, leave in order.
+//!
+//! ```text
+//! probe ─> sessions recover ─┬─> installation, probe  ─┐
+//! (no API needed)            ├─> identity             ─┼─> MigrationNode
+//!                            ├─> heartbeat             ┘
+//!                            ├─> peers
+//!                            └─> watches ─> sessions, preflight
+//! SIGTERM: no new work; a freeze is ended first.
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use crate::admin::{self, Admin};
+use crate::args::RunArgs;
+use crate::context;
+use crate::host::Host;
+use crate::identity::Keeper;
+use crate::install::keep::{self, MemoryShare};
+use crate::metrics::Metrics;
+use crate::node_status::{self, About, Known};
+use crate::probe;
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No API client.
+    #[error(transparent)]
+    Context(#[from] context::Error),
+    /// A port is taken.
+    #[error("failed to listen on port {0}")]
+    Listen(u16, #[source] std::io::Error),
+    /// Signals.
+    #[error("failed to wait for signals")]
+    Signals(#[source] std::io::Error),
+    /// A part that never ends has ended.
+    #[error("a part of the agent ended unexpectedly: {0}")]
+    Ended(String),
+}
+
+/// Runs until SIGTERM.
+///
+/// # Errors
+/// See [`Error`].
+pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
+    let mut terminate = signal(SignalKind::terminate()).map_err(Error::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(Error::Signals)?;
+    let client = context::client(&args, &host).await?;
+    let about = About {
+        node: args.node_name.clone(),
+        namespace: args.namespace.clone(),
+        endpoint: args
+            .advertise_address
+            .map(|ip| SocketAddr::new(ip, args.peer_port).to_string()),
+        protocol_versions: protocol::version::VERSIONS.to_vec(),
+    };
+    tracing::info!(
+        node = about.node,
+        version = env!("CARGO_PKG_VERSION"),
+        endpoint = about.endpoint.as_deref().unwrap_or_default(),
+        "starting"
+    );
+    let share = MemoryShare {
+        percent: args.checkpoint_share_percent,
+        at_most: args.checkpoint_limit_bytes,
+    };
+    let known = watch::Sender::new(Known {
+        probe: None,
+        checkpoint_limit_bytes: probe::memory::limit_now(share.percent, share.at_most),
+        ..Known::default()
+    });
+    let metrics = Arc::new(Metrics::default());
+    let mut parts = JoinSet::new();
+
+    let not_ready = watch::Sender::new(Some("starting".to_owned()));
+    let listener = admin::listen(args.admin_port)
+        .await
+        .map_err(|e| Error::Listen(args.admin_port, e))?;
+    parts.spawn(admin::serve(
+        listener,
+        Admin {
+            not_ready: not_ready.subscribe(),
+            metrics: metrics.clone(),
+        },
+    ));
+
+    let keeper = Keeper::new(client.clone(), about.node.clone(), about.namespace.clone());
+    let mut identity = keeper.state();
+    parts.spawn(keeper.run());
+    parts.spawn({
+        let known = known.clone();
+        async move {
+            loop {
+                let state = identity.borrow_and_update().clone();
+                known.send_modify(|k| k.identity = state);
+                if identity.changed().await.is_err() {
+                    return;
+                }
+            }
+        }
+    });
+    parts.spawn(follow_readiness(known.subscribe(), about.clone(), not_ready));
+    parts.spawn(node_status::publish(
+        client.clone(),
+        about.clone(),
+        known.subscribe(),
+        metrics.clone(),
+    ));
+    parts.spawn(node_status::heartbeat(client.clone(), about.clone(), metrics.clone()));
+
+    let uninstall = watch::Sender::new(false);
+    let requested = uninstall.subscribe();
+    parts.spawn(keep::follow_uninstall_request(
+        client.clone(),
+        about.namespace.clone(),
+        uninstall,
+    ));
+    parts.spawn(keep::keep(host, requested, known.clone(), share));
+
+    let ended = tokio::select! {
+        _ = terminate.recv() => None,
+        _ = interrupt.recv() => None,
+        part = parts.join_next() => Some(part),
+    };
+    match ended {
+        None => {
+            tracing::info!("leaving");
+            Ok(())
+        }
+        Some(part) => Err(Error::Ended(match part {
+            Some(Err(error)) => error.to_string(),
+            Some(Ok(())) | None => "without an error".to_owned(),
+        })),
+    }
+}
+
+/// Tells the admin endpoint what the MigrationNode says.
+async fn follow_readiness(mut known: watch::Receiver<Known>, about: About, not_ready: watch::Sender<Option<String>>) {
+    loop {
+        let why = node_status::not_ready(&known.borrow_and_update(), &about);
+        not_ready.send_replace((!why.is_empty()).then(|| why.join("; ")));
+        if known.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! From the command line to the work: the node's namespaces first, while there is one thread; then everything else.
+
+use std::process::ExitCode;
+
+use tracing_subscriber::EnvFilter;
+
+use crate::args::{Args, Command, HostArgs};
+use crate::error::chain;
+use crate::host::Host;
+use crate::install::undo::undo;
+use crate::{install, probe, run};
+
+/// Does what the command line says.
+#[must_use]
+pub fn start(args: &Args) -> ExitCode {
+    let command = args.command.clone().unwrap_or(Command::Run(args.run.clone()));
+    let host_args = match &command {
+        Command::Run(run) => &run.host,
+        Command::Uninstall(host) | Command::Probe(host) => host,
+    };
+    log(host_args);
+    let host = match Host::enter(host_args.host_pid) {
+        Ok(host) => host,
+        Err(error) => return failed(&error),
+    };
+    // Two threads: the work is waiting, and what takes time runs in programs of its own.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(16)
+        .enable_all()
+        .build();
+    let runtime = match runtime {
+        Ok(runtime) => runtime,
+        Err(error) => return failed(&error),
+    };
+    match command {
+        Command::Run(args) => match runtime.block_on(run::run(args, host)) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        },
+        Command::Uninstall(_) => match runtime.block_on(undo()) {
+            Ok(undone) => {
+                println!("{}", undone.message());
+                ExitCode::SUCCESS
+            }
+            Err(error) => failed(&error),
+        },
+        Command::Probe(_) => print_probe(),
+    }
+}
+
+fn failed(error: &(dyn std::error::Error + 'static)) -> ExitCode {
+    let text = chain(error);
+    tracing::error!(error = text, "ended");
+    ExitCode::FAILURE
+}
+
+fn log(args: &HostArgs) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    if args.log_json {
+        builder.json().init();
+    } else {
+        builder.with_ansi(false).init();
+    }
+}
+
+/// One JSON object; fails when something that moves need is missing.
+fn print_probe() -> ExitCode {
+    let containerd = install::containerd::find();
+    let oci = containerd
+        .and_then(|c| c.dump().and_then(|dump| c.oci_runtime(&dump)))
+        .ok()
+        .flatten();
+    let probe = probe::everything(oci.as_deref(), install::criu::of_the_node().as_deref());
+    let text = serde_json::json!({
+        "architecture": probe.architecture,
+        "kernel": probe.kernel,
+        "cpu": probe.cpu,
+        "criu": probe.criu,
+        "ociRuntime": probe.oci_version,
+        "missing": probe.missing,
+    });
+    println!("{text:#}");
+    if probe.missing.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
