@@ -48,7 +48,7 @@ impl Tally {
         match outcome {
             Outcome::Counted => {
                 let word = if self.failed() > failed_before { "FAILED" } else { "ok" };
-                line(&format!("{word:<8}{name:<44}{time:>9}"));
+                line(&format!("{word:<8}{name:<64}{time:>9}"));
             }
             Outcome::Passed => self.pass(name, &time),
             Outcome::Failed(output) => self.fail(name, &time, output),
@@ -59,19 +59,19 @@ impl Tally {
     /// Counts one that passed and prints its line.
     pub(super) fn pass(&mut self, name: &str, time: &str) {
         self.passed += 1;
-        line(&format!("{:<8}{name:<44}{time:>9}", "ok"));
+        line(&format!("{:<8}{name:<64}{time:>9}", "ok"));
     }
 
     /// Counts one that failed, prints its line and keeps its output for the end.
     pub(super) fn fail(&mut self, name: &str, time: &str, output: String) {
-        line(&format!("{:<8}{name:<44}{time:>9}", "FAILED"));
+        line(&format!("{:<8}{name:<64}{time:>9}", "FAILED"));
         self.failures.push((name.to_owned(), output));
     }
 
     /// Counts one that did not run and prints why.
     pub(super) fn skip(&mut self, name: &str, reason: &str) {
         self.skipped += 1;
-        line(&format!("{:<8}{name:<44}{:>9}  {reason}", "skipped", ""));
+        line(&format!("{:<8}{name:<64}{:>9}  {reason}", "skipped", ""));
     }
 
     /// Adds what another runner counted, without lines.
