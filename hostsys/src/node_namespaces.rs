@@ -41,6 +41,9 @@ const NAMESPACES: [(&str, CloneFlags); 5] = [
 pub fn join_node() -> Result<PathBuf, Error> {
     let open = |path: &Path| File::open(path).map_err(|e| Error::Open(path.to_owned(), e));
     let root = open(Path::new("/"))?;
+    // A mount namespace ends with its last user, and all its mounts with it, whoever holds their root: the token's volume
+    // would be gone.
+    let own_mounts = open(Path::new("/proc/self/ns/mnt"))?;
     let targets = NAMESPACES
         .iter()
         .map(|(name, flag)| {
@@ -55,6 +58,7 @@ pub fn join_node() -> Result<PathBuf, Error> {
         }
     }
     nix::unistd::chdir("/").map_err(Error::Chdir)?;
+    keep_open(own_mounts);
     Ok(PathBuf::from(format!("/proc/self/fd/{}", keep_open(root))))
 }
 

@@ -278,7 +278,7 @@ async fn publish_once(
             tracing::info!(
                 condition = condition.type_,
                 status = condition.status,
-                message = condition.message,
+                detail = condition.message,
                 "node condition"
             );
         }

@@ -109,7 +109,7 @@ async fn take_away(known: &watch::Sender<Known>) -> Duration {
     known.send_modify(|k| k.installation = Installation::Uninstalling("it was asked for".to_owned()));
     match undo().await {
         Ok(undone) => {
-            tracing::info!(message = undone.message(), "uninstalled");
+            tracing::info!(detail = undone.message(), "uninstalled");
             known.send_modify(|k| k.installation = Installation::Uninstalled(undone.message()));
             INTERVAL
         }
