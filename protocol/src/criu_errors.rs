@@ -6,7 +6,7 @@
 /// The most of a quoted error, in bytes.
 const MAX_QUOTE: usize = 300;
 
-/// Error lines that CRIU writes although it goes on.
+/// Error lines that CRIU writes although it goes on: never a cause.
 const HARMLESS: &[&str] = &[
     // Each failed probe of a kernel feature.
     "kerndat",
@@ -14,9 +14,14 @@ const HARMLESS: &[&str] = &[
     "Unable to restore freezer state",
     "Can't open RLIMIT",
     "nftables based locking",
-    "Can't kill",
     "rseq_conf",
-    // It says only that another process has said more.
+    // CRIU raises its own limit of open files where it may.
+    "RLIMIT_NOFILE for self",
+];
+
+/// Error lines that say only that another line has said more: told where there is no other.
+const CONSEQUENCES: &[&str] = &[
+    "Can't kill",
     "exited, status=",
     "killed by signal",
     "Restoring FAILED",
@@ -131,6 +136,10 @@ const KNOWN: &[(&str, &str)] = &[
         "a program file or library differs on the target: the image is not the same",
     ),
     (
+        "on restore: No such file or directory",
+        "a file that the program has open is missing on the target",
+    ),
+    (
         "File not found",
         "a file that the program has open is missing on the target",
     ),
@@ -162,8 +171,7 @@ const KNOWN: &[(&str, &str)] = &[
         "netns",
         "the container's network namespace has something that CRIU cannot rebuild",
     ),
-    ("script", "the restored processes could not be held"),
-    ("Action script", "the restored processes could not be held"),
+    ("Script ", "the restored processes could not be held"),
     ("Can't open image", "the checkpoint is incomplete"),
     ("pstree", "the checkpoint is incomplete or damaged"),
     ("Unable to read", "the checkpoint is incomplete or damaged"),
@@ -180,11 +188,15 @@ const KNOWN: &[(&str, &str)] = &[
 /// The first error of a CRIU log that names a cause: without time stamp and process id.
 #[must_use]
 pub fn first_error(log: &str) -> Option<&str> {
-    let mut errors = log.lines().filter_map(error_text);
-    let first = errors
-        .clone()
-        .find(|text| !HARMLESS.iter().any(|harmless| text.contains(harmless)));
-    first.or_else(|| errors.next())
+    let is_one_of = |text: &str, list: &[&str]| list.iter().any(|words| text.contains(words));
+    let errors = || {
+        log.lines()
+            .filter_map(error_text)
+            .filter(|text| !is_one_of(text, HARMLESS))
+    };
+    errors()
+        .find(|text| !is_one_of(text, CONSEQUENCES))
+        .or_else(|| errors().next())
 }
 
 /// One sentence: what it means, then what CRIU said.
@@ -254,6 +266,10 @@ mod tests {
             Some("Can't open file data/log on restore: No such file or directory")
         );
         assert_eq!(first_error("(00.0) fine\n"), None);
+        assert_eq!(
+            first_error("(00.0) Error (criu/util.c:1): rlimit: Can't setup RLIMIT_NOFILE for self"),
+            None
+        );
         assert_eq!(
             first_error("(00.1) Error (criu/x.c:1): Restoring FAILED.\n"),
             Some("Restoring FAILED.")

@@ -65,7 +65,6 @@ impl Shepherded {
             }
             Err(error) => return Err(error.into()),
         };
-        let state = folder.read_state().unwrap_or(State::Waiting);
         let report = std::fs::read(folder.report())
             .ok()
             .and_then(|bytes| ShepherdReport::open(&bytes).ok());
@@ -76,11 +75,15 @@ impl Shepherded {
                 .is_ok_and(|processes| processes.contains(pid))
         });
         let alive = pid.is_some_and(|pid| PidFd::open(pid).is_ok_and(|handle| handle.is_alive()));
+        let standing = Standing {
+            below: folder.is_below(),
+            alive,
+        };
         Ok(Some(Self {
             folder,
             start,
             pid,
-            standing: Standing { state, alive },
+            standing,
         }))
     }
 
@@ -172,19 +175,27 @@ impl Shepherded {
     ///
     /// # Errors
     /// Something is left; the call can be repeated.
-    pub fn delete(&self, call: &Call, settings: &RuntimeConfig, below: bool) -> Result<(), Error> {
-        if below && self.standing.alive {
-            // A container that runs: the runtime below decides, as for any other (it refuses without --force).
-            Program::new(&settings.oci_runtime)
-                .args(&call.globals)
-                .args(call.verb.as_deref())
-                .args(&call.rest)
-                .within(ABORT)
-                .run()?;
-        } else {
-            self.end()?;
-            restore::forget(&self.folder, &self.start)?;
-        }
+    pub fn delete(&self) -> Result<(), Error> {
+        self.end()?;
+        restore::forget(&self.folder, &self.start)?;
+        self.clean_up()
+    }
+
+    /// `delete` while the container runs: the runtime below decides, as for any other (it refuses without --force).
+    ///
+    /// # Errors
+    /// It refuses, or something is left; the call can be repeated.
+    pub fn delete_running(&self, call: &Call, settings: &RuntimeConfig) -> Result<(), Error> {
+        Program::new(&settings.oci_runtime)
+            .args(&call.globals)
+            .args(call.verb.as_deref())
+            .args(&call.rest)
+            .within(ABORT)
+            .run()?;
+        self.clean_up()
+    }
+
+    fn clean_up(&self) -> Result<(), Error> {
         // With --force the first process is dead now, and the shepherd about to end.
         let shepherd = Cgroup::at(self.start.shepherd_cgroup());
         if shepherd.wait_empty(Duration::from_secs(1)).is_err() {

@@ -6,7 +6,7 @@
 //! | `hand-off.json` | (moved here by the wrapper) | the hand-off that was used |
 //! | `shepherd.json` | shepherd | for the agent; complete when it exists |
 //! | `sock` | shepherd | answers the agent |
-//! | `state.json` | shepherd | its state, for the wrapper's next calls |
+//! | `below` | shepherd | it is restored: the runtime below knows the container |
 //! | `started` | wrapper | containerd has called `start` |
 //! | `criu.conf`, `hold` | wrapper | options for CRIU; the action script |
 //! | `pid`, `runc.log` | runc | of the restore |
@@ -16,7 +16,7 @@ use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use protocol::hand_off::{RuntimeConfig, SHEPHERD_DIR, SHEPHERD_FILE, SHEPHERD_SOCKET, ShepherdReport, State};
+use protocol::hand_off::{RuntimeConfig, SHEPHERD_DIR, SHEPHERD_FILE, SHEPHERD_SOCKET, ShepherdReport};
 use serde::{Deserialize, Serialize};
 
 /// Suffix of the shepherd's cgroup, beside the container's: runc refuses to restore into one that is not empty.
@@ -165,21 +165,26 @@ impl Folder {
         self.read("start.json")
     }
 
-    /// Writes the shepherd's state.
+    /// Remembers whether the runtime below knows the container.
     ///
     /// # Errors
     /// The file system refuses it.
-    pub fn write_state(&self, state: &State) -> Result<(), Error> {
-        let text = serde_json::to_vec(state).map_err(|e| failed("write", &self.file("state.json"), e.into()))?;
-        self.write("state.json", &text)
+    pub fn set_below(&self, below: bool) -> Result<(), Error> {
+        if below {
+            return self.write("below", b"");
+        }
+        match fs::remove_file(self.file("below")) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(failed("remove", &self.file("below"), error))
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// Reads the shepherd's state.
-    ///
-    /// # Errors
-    /// It is absent or damaged.
-    pub fn read_state(&self) -> Result<State, Error> {
-        self.read("state.json")
+    /// Whether the runtime below knows the container.
+    #[must_use]
+    pub fn is_below(&self) -> bool {
+        self.file("below").exists()
     }
 
     fn read<T: for<'a> Deserialize<'a>>(&self, name: &str) -> Result<T, Error> {

@@ -84,8 +84,12 @@ fn environment(folder: &Folder, start: &Start) -> Vec<(OsString, OsString)> {
 #[must_use]
 pub fn why(folder: &Folder, work: &str) -> String {
     let criu = read_start(&Path::new(work).join("restore.log")).and_then(|log| criu_errors::explain_log(&log));
-    criu.or_else(|| read_start(&folder.file("runc.log")).and_then(|log| runc_error(&log)))
-        .unwrap_or_else(|| "runc restore failed and did not say why".into())
+    criu.or_else(|| {
+        read_start(&folder.file("runc.log"))
+            .and_then(|log| runc_error(&log))
+            .map(|said| format!("runc: {said}"))
+    })
+    .unwrap_or_else(|| "runc restore failed and did not say why".into())
 }
 
 /// The last error that runc has logged: it logs one, at its end.

@@ -95,7 +95,7 @@ fn other_call(
     settings: &RuntimeConfig,
     arguments: &[OsString],
 ) -> Result<ExitCode, Failure> {
-    let verdict = verdict::of_call(verb, shepherded.as_ref().map(|s| &s.standing));
+    let verdict = verdict::of_call(verb, shepherded.as_ref().map(|s| s.standing));
     let Some(shepherded) = shepherded else {
         return Err(pass(settings, arguments));
     };
@@ -104,7 +104,8 @@ fn other_call(
         Verdict::Started => shepherded.started()?,
         Verdict::State => shepherded.print_state()?,
         Verdict::End => shepherded.end()?,
-        Verdict::Delete { below } => shepherded.delete(call, settings, below)?,
+        Verdict::Delete => shepherded.delete()?,
+        Verdict::DeleteRunning => shepherded.delete_running(call, settings)?,
         Verdict::Processes => shepherded.print_processes(call)?,
         Verdict::NotYet => {
             return Err(

@@ -38,7 +38,7 @@ pub const ABORTED: i32 = 125;
 /// A restore that takes longer is ended. The agent's own deadline is shorter.
 const RESTORE: Duration = Duration::from_secs(600);
 const KILL: Duration = Duration::from_secs(10);
-/// So many agents do not exist: a further connection is closed.
+/// So many agents do not exist.
 const MAX_CLIENTS: usize = 8;
 
 /// Why it cannot stand.
@@ -93,8 +93,17 @@ struct Shepherd {
 pub fn stand(folder: Folder) -> Result<End, Error> {
     let mut shepherd = Shepherd::begin(folder)?;
     loop {
-        if let Some(end) = shepherd.turn()? {
-            return Ok(end);
+        match shepherd.turn() {
+            Ok(None) => {}
+            Ok(Some(end)) => return Ok(end),
+            Err(error) => {
+                // What cannot be watched over before the commit must not live on.
+                if !matches!(shepherd.state, State::Committed { .. }) {
+                    shepherd.kill_restore();
+                    shepherd.kill_container();
+                }
+                return Err(error);
+            }
         }
     }
 }
@@ -127,7 +136,6 @@ impl Shepherd {
             .set_nonblocking(true)
             .map_err(|e| Error::Kernel("make the socket", e))?;
         nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-        folder.write_state(&State::Waiting)?;
         let mut report = start.report.clone();
         report.shepherd_pid = nix::unistd::getpid().as_raw();
         folder.write(protocol::hand_off::SHEPHERD_FILE, &report.seal()?)?;
@@ -207,11 +215,17 @@ impl Shepherd {
 
     fn accept(&mut self) {
         while let Ok((stream, _)) = self.listener.accept() {
-            if self.clients.len() < MAX_CLIENTS
-                && let Some(client) = Client::of(stream)
-            {
-                self.clients.push(client);
+            let Some(client) = Client::of(stream) else { continue };
+            if self.clients.len() >= MAX_CLIENTS {
+                // Dead ones linger until they are read: the oldest that awaits nothing makes room.
+                let oldest = self
+                    .clients
+                    .iter()
+                    .position(|client| !client.wants_restore)
+                    .unwrap_or(0);
+                self.clients.remove(oldest);
             }
+            self.clients.push(client);
         }
     }
 
@@ -253,53 +267,49 @@ impl Shepherd {
         if matches!(self.state, State::Held { .. }) {
             self.kill_container();
         }
-        self.enter(State::Ended);
+        self.state = State::Ended;
         self.answer_all();
         end
     }
 
     fn serve(&mut self, index: usize, request: Option<Request>) -> Option<End> {
         match (request, &self.state) {
-            // Not understood: the present state is an answer in any case.
-            (None | Some(Request::Status), _) => {}
-            (Some(Request::Restore { images, work }), State::Waiting) => self.restore(&images, &work),
-            (Some(Request::Restore { .. }), _) => {}
+            // A restore is answered when it has ended; one that fails at once has been answered with the others.
+            (Some(Request::Restore { images, work }), State::Waiting) => {
+                self.restore(&images, &work);
+                return None;
+            }
+            (Some(Request::Restore { .. }), State::Restoring) => return None,
             (Some(Request::Committed), State::Held { pid }) => {
                 let pid = *pid;
                 // The mark comes first: without it the pod could never be restarted after a reboot. It can be repeated.
                 if self.mark_committed().is_ok() {
-                    self.enter(State::Committed { pid });
+                    self.state = State::Committed { pid };
                 }
             }
-            (Some(Request::Committed), _) => {}
             (Some(Request::Abort), State::Committed { .. }) => {}
-            (Some(Request::Abort), _) => {
-                let end = self.abort();
-                return Some(end);
-            }
+            (Some(Request::Abort), _) => return Some(self.abort()),
+            // Not understood, or no longer of effect: the present state is an answer in any case.
+            (None | Some(Request::Status | Request::Restore { .. } | Request::Committed), _) => {}
         }
-        // A restore is answered when it has ended.
-        let waits = self.restore.is_some() && self.clients.get(index).is_some_and(|client| client.wants_restore);
-        if !waits && let Some(client) = self.clients.get_mut(index) {
+        if let Some(client) = self.clients.get_mut(index) {
             client.answer(&self.state);
         }
         None
     }
 
     fn restore(&mut self, images: &str, work: &str) {
+        self.state = State::Restoring;
         if !Path::new(images).is_absolute() || !Path::new(work).is_absolute() {
-            self.enter(State::Failed {
-                message: "the agent named no absolute folder for the images".into(),
-            });
-            return;
+            return self.fail("the agent named no absolute folder for the images".into());
         }
-        self.enter(State::Restoring);
         match restore::start(&self.folder, &self.start, images, work) {
             Ok(runc) => {
+                let end = Instant::now() + RESTORE;
                 self.restore = Some(Restore {
                     runc,
                     work: work.to_owned(),
-                    end: Instant::now() + RESTORE,
+                    end,
                 });
             }
             Err(error) => self.fail(crate::complain::sentence(&error)),
@@ -312,14 +322,16 @@ impl Shepherd {
         if end != End::Status(0) {
             return self.fail(restore::why(&self.folder, &restore.work));
         }
-        match held::verify(&self.container(), &self.folder.file("pid"), &self.ended) {
-            Ok(pid) => {
-                self.enter(State::Held { pid });
-                self.answer_all();
-            }
-            Err(error) => self.fail(crate::complain::sentence(&error)),
+        let pid = match held::verify(&self.container(), &self.folder.file("pid"), &self.ended) {
+            Ok(pid) => pid,
+            Err(error) => return self.fail(crate::complain::sentence(&error)),
+        };
+        if let Err(error) = self.folder.set_below(true) {
+            return self.fail(crate::complain::sentence(&error));
         }
         self.ended.clear();
+        self.state = State::Held { pid };
+        self.answer_all();
     }
 
     /// Nothing of the container may live when `Failed` is told.
@@ -329,7 +341,7 @@ impl Shepherd {
         // What runc remembers would make containerd's `delete` fail later; it may have remembered nothing.
         let _ = restore::forget(&self.folder, &self.start);
         self.ended.clear();
-        self.enter(State::Failed { message });
+        self.state = State::Failed { message };
         self.answer_all();
     }
 
@@ -337,10 +349,15 @@ impl Shepherd {
     fn abort(&mut self) -> End {
         self.kill_restore();
         self.kill_container();
-        if !matches!(self.state, State::Waiting) {
-            let _ = restore::forget(&self.folder, &self.start);
+        if matches!(self.state, State::Restoring | State::Held { .. })
+            && restore::forget(&self.folder, &self.start).is_ok()
+        {
+            // If it stays marked, the runtime below is asked once more by `delete`.
+            let _ = self.folder.set_below(false);
         }
-        self.enter(State::Ended);
+        // Their parent is about to end: whoever inherits them need not know them.
+        while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(status) if status != WaitStatus::StillAlive) {}
+        self.state = State::Ended;
         self.answer_all();
         End::Status(ABORTED)
     }
@@ -372,16 +389,6 @@ impl Shepherd {
             let _ = self
                 .folder
                 .write("kill-error", crate::complain::sentence(&error).as_bytes());
-        }
-    }
-
-    fn enter(&mut self, state: State) {
-        self.state = state;
-        // The wrapper's next calls then see an older state; the agent sees the true one.
-        if let Err(error) = self.folder.write_state(&self.state) {
-            let _ = self
-                .folder
-                .write("state-error", crate::complain::sentence(&error).as_bytes());
         }
     }
 

@@ -1,15 +1,13 @@
 //! What to do with a call: pure, over plain data.
 
-use protocol::hand_off::State;
-
 use crate::spec::Role;
 
-/// What is known about the container that a call names.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What is known about a container that has a shepherd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standing {
-    /// The shepherd's last state.
-    pub state: State,
-    /// Whether the shepherd lives.
+    /// It has been restored: the runtime below knows it.
+    pub below: bool,
+    /// The shepherd lives.
     pub alive: bool,
 }
 
@@ -25,10 +23,9 @@ pub enum Verdict {
     /// End the shepherd and what it restores.
     End,
     /// Remove all; what may live of the container is killed first.
-    Delete {
-        /// The container exists for the runtime below as well.
-        below: bool,
-    },
+    Delete,
+    /// The same for a container that runs: the runtime below decides first, as for any other.
+    DeleteRunning,
     /// The processes, answered for the shepherd.
     Processes,
     /// Cannot be done before the restore.
@@ -37,28 +34,23 @@ pub enum Verdict {
 
 /// Decides over a call that is not `create`.
 #[must_use]
-pub fn of_call(verb: &str, standing: Option<&Standing>) -> Verdict {
-    let Some(standing) = standing else {
+pub fn of_call(verb: &str, standing: Option<Standing>) -> Verdict {
+    let Some(Standing { below, alive }) = standing else {
         return Verdict::PassThrough;
     };
-    let restored = match standing.state {
-        // Ended keeps no trace of how far it came; the runtime below is asked in any case.
-        State::Held { .. } | State::Committed { .. } | State::Ended => true,
-        State::Waiting | State::Restoring | State::Failed { .. } => false,
-    };
-    match (verb, restored) {
-        ("start", _) => Verdict::Started,
-        ("delete", below) => Verdict::Delete { below },
+    match verb {
+        "start" => Verdict::Started,
+        "delete" if below && alive => Verdict::DeleteRunning,
+        "delete" => Verdict::Delete,
         // A shepherd that died takes what it held with it: nobody else would end it before the commit, and after it
         // containerd takes the container for dead as well.
-        ("kill", false) => Verdict::End,
-        ("kill", true) if !standing.alive => Verdict::End,
-        (_, true) => Verdict::PassThrough,
-        ("state", false) => Verdict::State,
-        ("ps", false) => Verdict::Processes,
-        ("exec" | "events" | "update" | "pause" | "resume" | "checkpoint" | "restore", false) => Verdict::NotYet,
+        "kill" if !below || !alive => Verdict::End,
+        _ if below => Verdict::PassThrough,
+        "state" => Verdict::State,
+        "ps" => Verdict::Processes,
+        "exec" | "events" | "update" | "pause" | "resume" | "checkpoint" | "restore" => Verdict::NotYet,
         // `list`, `features` and what is unknown concern no single container.
-        (_, false) => Verdict::PassThrough,
+        _ => Verdict::PassThrough,
     }
 }
 
@@ -119,31 +111,32 @@ mod tests {
 
     #[test]
     fn calls_for_a_shepherd() {
-        use Verdict::{Delete, End, NotYet, PassThrough, Processes, Started};
-        let (held, committed) = (State::Held { pid: 2 }, State::Committed { pid: 2 });
-        let failed = State::Failed { message: String::new() };
-        for (verb, state, alive, expected) in [
-            ("start", State::Waiting, true, Started),
-            ("start", committed.clone(), true, Started),
-            ("state", State::Waiting, true, Verdict::State),
-            ("state", held.clone(), true, PassThrough),
-            ("kill", State::Waiting, true, End),
-            ("kill", State::Restoring, true, End),
-            ("kill", failed.clone(), true, End),
-            ("kill", held.clone(), true, PassThrough),
-            ("kill", held.clone(), false, End),
-            ("kill", committed.clone(), true, PassThrough),
-            ("exec", State::Waiting, true, NotYet),
-            ("exec", committed.clone(), true, PassThrough),
-            ("update", State::Restoring, true, NotYet),
-            ("ps", State::Waiting, true, Processes),
-            ("delete", State::Waiting, false, Delete { below: false }),
-            ("delete", committed, false, Delete { below: true }),
-            ("delete", State::Ended, false, Delete { below: true }),
-            ("features", State::Waiting, true, PassThrough),
+        use Verdict::{Delete, DeleteRunning, End, NotYet, PassThrough, Processes, Started, State};
+        for (verb, below, alive, expected) in [
+            ("start", false, true, Started),
+            ("start", true, true, Started),
+            ("state", false, true, State),
+            ("state", false, false, State),
+            ("state", true, true, PassThrough),
+            ("kill", false, true, End),
+            ("kill", false, false, End),
+            ("kill", true, true, PassThrough),
+            ("kill", true, false, End),
+            ("exec", false, true, NotYet),
+            ("exec", true, true, PassThrough),
+            ("update", false, true, NotYet),
+            ("ps", false, true, Processes),
+            ("delete", false, true, Delete),
+            ("delete", false, false, Delete),
+            ("delete", true, false, Delete),
+            ("delete", true, true, DeleteRunning),
+            ("features", false, true, PassThrough),
         ] {
-            let standing = Standing { state, alive };
-            assert_eq!(of_call(verb, Some(&standing)), expected, "{verb} {standing:?}");
+            assert_eq!(
+                of_call(verb, Some(Standing { below, alive })),
+                expected,
+                "{verb} {below} {alive}"
+            );
         }
     }
 

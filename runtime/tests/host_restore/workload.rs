@@ -1,0 +1,58 @@
+//! A program that counts: first process with a thread, two child processes. Each writes its counter to a file of its own and
+//! ends loudly when somebody else has written there, so that a second copy or a step back is seen.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+pub(crate) const COUNTERS: [&str; 4] = ["main", "thread", "child1", "child2"];
+
+pub(crate) fn run(arguments: &[String]) -> ! {
+    match arguments.first().map(String::as_str) {
+        Some("hello") => {
+            println!("hello");
+            std::process::exit(0);
+        }
+        Some(name) => count(name),
+        None => {
+            let children = ["child1", "child2"].map(|name| Command::new("/workload").arg(name).spawn().unwrap());
+            std::thread::spawn(|| count("thread"));
+            println!("begun with {} children", children.len());
+            count("main");
+        }
+    }
+}
+
+fn count(name: &str) -> ! {
+    let path = format!("/data/{name}");
+    let file: File = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .unwrap();
+    let mut counter = 0_u64;
+    loop {
+        let mut on_disk = [0_u8; 8];
+        if counter > 0 {
+            file.read_exact_at(&mut on_disk, 0).unwrap();
+            if u64::from_le_bytes(on_disk) != counter {
+                std::process::exit(99);
+            }
+        }
+        counter += 1;
+        file.write_all_at(&counter.to_le_bytes(), 0).unwrap();
+        if name == "main" {
+            if counter.is_multiple_of(20) {
+                println!("at {counter}");
+            }
+            if let Ok(status) = std::fs::read_to_string(Path::new("/data/end")) {
+                std::process::exit(status.trim().parse().unwrap());
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
