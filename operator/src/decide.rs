@@ -54,3 +54,12 @@ pub fn decide(world: &World) -> Decision {
         Stage::ColdCommitted => cold::finalize(world),
     }
 }
+
+#[cfg(test)]
+mod fixture;
+#[cfg(test)]
+mod tables;
+#[cfg(test)]
+mod target_pod_tests;
+#[cfg(test)]
+mod timelines;

@@ -62,7 +62,7 @@ pub fn place_before_commit(world: &World) -> ActiveOn {
     match &world.source_pod {
         Observed::Absent => ActiveOn::None,
         Observed::Present(p) if accepted.is_some_and(|uid| uid != pod::uid(p)) => ActiveOn::None,
-        Observed::Present(p) if pod::has_ended(p) => ActiveOn::None,
+        Observed::Present(p) if pod::has_ended(p) || pod::is_deleting(p) => ActiveOn::None,
         Observed::Present(_) | Observed::Unknown => status.active_on.unwrap_or(ActiveOn::Source),
     }
 }

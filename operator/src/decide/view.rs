@@ -175,4 +175,29 @@ impl View {
         self.set(cond::SUCCEEDED, Status::from(succeeded), reason, message);
         self.set(cond::FINISHED, Status::True, reason, message);
     }
+
+    /// What the API server makes of an apply of this view.
+    #[cfg(test)]
+    pub fn write_into(&self, status: &mut ProcessMigrationStatus) {
+        status.observed_generation = self.observed_generation;
+        status.phase = self.phase;
+        status.active_on = self.active_on;
+        status.attempt = self.attempt;
+        status.start_time.clone_from(&self.start_time);
+        status.completion_time.clone_from(&self.completion_time);
+        status.effective.clone_from(&self.effective);
+        status.eligibility.clone_from(&self.eligibility);
+        let source = status.source.get_or_insert_default();
+        source.node_name.clone_from(&self.source.node_name);
+        source.pod_name.clone_from(&self.source.pod_name);
+        source.pod_uid.clone_from(&self.source.pod_uid);
+        let target = status.target.get_or_insert_default();
+        target.node_name.clone_from(&self.target.node_name);
+        target.pod_name.clone_from(&self.target.pod_name);
+        target.pod_uid.clone_from(&self.target.pod_uid);
+        status.result.clone_from(&self.result);
+        status.residual_dependencies.clone_from(&self.residual_dependencies);
+        status.conditions.retain(|c| !OWN.contains(&c.type_.as_str()));
+        status.conditions.extend(self.conditions.iter().cloned());
+    }
 }
