@@ -119,6 +119,10 @@ const CLASSES: &[Class] = &[
             Reason::IoUringNotSupported,
             Reason::UserfaultfdNotSupported,
             Reason::FanotifyNotSupported,
+            Reason::InotifyNotSupported,
+            Reason::SharedProcessNamespace,
+            Reason::UserNamespaceNotSupported,
+            Reason::SharedMemoryNotSupported,
             Reason::HugetlbNotSupported,
             Reason::MessageQueueNotSupported,
             Reason::DescriptorNotSupported,
@@ -140,7 +144,7 @@ const CLASSES: &[Class] = &[
     Class {
         title: "Nodes",
         workload: "Pods that were moved to the node before live on.",
-        reasons: &[Reason::Uninstalled],
+        reasons: &[Reason::NodeReady, Reason::Uninstalled],
     },
 ];
 
