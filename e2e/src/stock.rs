@@ -38,7 +38,7 @@ pub fn run(stage: &Stage, from: &str, to: &str, mib: u32, containers: u16) -> Re
     let result = attempt(stage, from, to, mib, containers);
     for node in [from, to] {
         // What is left over would be in the way of the next run.
-        drop(stage.on_node(node, &format!("{SETUP}\nfor i in 0 1 2 3; do runc --root {FOLDER}/root delete -f stock-$i >/dev/null 2>&1; done; umount {FOLDER} 2>/dev/null; rm -rf {FOLDER}; true")));
+        drop(stage.on_node(node, &format!("{SETUP}\nfor i in 0 1 2 3; do runc --root {FOLDER}/root delete -f stock-$i >/dev/null 2>&1; done; umount {FOLDER}/ns-* {FOLDER} 2>/dev/null; rm -rf {FOLDER}; true")));
     }
     result
 }
@@ -47,18 +47,18 @@ const SETUP: &str = "export PATH=$PATH:/usr/sbin:/sbin; set -e";
 
 fn attempt(stage: &Stage, from: &str, to: &str, mib: u32, containers: u16) -> Result<Times> {
     prepare(stage, from, mib, containers)?;
-    stage.on_node(from, &format!("{SETUP}\nfor i in $(seq 0 {}); do cd {FOLDER}/$i; runc --root {FOLDER}/root run -d --pid-file pid stock-$i > out 2>&1 < /dev/null || {{ cat out >&2; exit 1; }}; done", containers - 1))?;
+    stage.on_node(from, &format!("{SETUP}\nfor i in $(seq 0 {}); do cd {FOLDER}/$i; runc --root {FOLDER}/root --log log run -d stock-$i > /dev/null 2>&1 < /dev/null || {{ cat log >&2; exit 1; }}; done", containers - 1))?;
     let before = ask_all(stage, from, containers)?;
 
     let began = Instant::now();
     prepare(stage, to, mib, containers)?;
     let frozen = Instant::now();
     // The defaults of everybody's script. The group is left alone, because the nodes of this cluster have no controllers.
-    stage.on_node(from, &format!("{SETUP}\nfor i in $(seq 0 {}); do runc --root {FOLDER}/root checkpoint --image-path {FOLDER}/img/$i --work-path {FOLDER}/img/$i --tcp-established --file-locks --manage-cgroups-mode ignore stock-$i || {{ grep Error {FOLDER}/img/$i/dump.log >&2; exit 1; }}; done", containers - 1))?;
+    stage.on_node(from, &format!("{SETUP}\nfor i in $(seq 0 {}); do runc --root {FOLDER}/root --log log checkpoint --image-path {FOLDER}/img/$i --work-path {FOLDER}/img/$i --tcp-established --file-locks --manage-cgroups-mode ignore stock-$i || {{ grep Error {FOLDER}/img/$i/dump.log >&2; exit 1; }}; done", containers - 1))?;
     let dumped = Instant::now();
     copy(stage, from, to)?;
     let copied = Instant::now();
-    stage.on_node(to, &format!("{SETUP}\nfor i in $(seq 0 {}); do cd {FOLDER}/$i; runc --root {FOLDER}/root restore -d --image-path {FOLDER}/img/$i --work-path {FOLDER}/img/$i --tcp-established --file-locks --manage-cgroups-mode ignore stock-$i > out 2>&1 < /dev/null || {{ cat out >&2; grep Error {FOLDER}/img/$i/restore.log >&2; exit 1; }}; done", containers - 1))?;
+    stage.on_node(to, &format!("{SETUP}\nfor i in $(seq 0 {}); do cd {FOLDER}/$i; runc --root {FOLDER}/root --log log restore -d --image-path {FOLDER}/img/$i --work-path {FOLDER}/img/$i --tcp-established --file-locks --manage-cgroups-mode ignore stock-$i > /dev/null 2>&1 < /dev/null || {{ cat log >&2; grep Error {FOLDER}/img/$i/restore.log >&2; exit 1; }}; done", containers - 1))?;
     let restored = Instant::now();
 
     for (before, after) in before.iter().zip(ask_all(stage, to, containers)?) {
@@ -76,7 +76,7 @@ fn attempt(stage: &Stage, from: &str, to: &str, mib: u32, containers: u16) -> Re
 
 /// A bundle per container on a node, in a file system in memory.
 fn prepare(stage: &Stage, node: &str, mib: u32, containers: u16) -> Result<()> {
-    stage.on_node(node, &format!("{SETUP}\nmkdir -p {FOLDER}; mountpoint -q {FOLDER} || mount -t tmpfs -o mode=0700 stock {FOLDER}; mkdir -p {FOLDER}/root; echo network-lock nftables > {FOLDER}/criu.conf"))?;
+    stage.on_node(node, &format!("{SETUP}\nmkdir -p {FOLDER}; mountpoint -q {FOLDER} || mount -t tmpfs -o mode=0700 stock {FOLDER}; mkdir -p {FOLDER}/root; echo network-lock nftables > {FOLDER}/criu.conf\nfor i in $(seq 0 {}); do touch {FOLDER}/ns-$i; unshare --net={FOLDER}/ns-$i ip link set lo up; done", containers - 1))?;
     let cluster = stage.cluster()?;
     let program = crate::parts::home()?.join("images/workload");
     let program = if program.is_file() { program } else { crate::images::program("workload")? };
@@ -92,7 +92,7 @@ fn prepare(stage: &Stage, node: &str, mib: u32, containers: u16) -> Result<()> {
     Ok(())
 }
 
-/// A plain container: its own namespaces, no network but loopback, the capabilities of a pod's container.
+/// A plain container: its own namespaces, the network's made beforehand as for a pod, the capabilities of a pod's container.
 fn bundle(mib: u32, index: u16) -> serde_json::Value {
     let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID"];
     json!({
@@ -113,7 +113,7 @@ fn bundle(mib: u32, index: u16) -> serde_json::Value {
         ],
         "linux": {
             "cgroupsPath": format!("/stock-{index}"),
-            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network"}],
+            "namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}, {"type": "network", "path": format!("{FOLDER}/ns-{index}")}],
         },
     })
 }
@@ -123,7 +123,7 @@ fn ask_all(stage: &Stage, node: &str, containers: u16) -> Result<Vec<State>> {
     (0..containers)
         .map(|index| {
             stage.wait("the container to answer", std::time::Duration::from_secs(20), || {
-                let text = stage.on_node(node, &format!("{SETUP}\nnsenter -n -t $(cat {FOLDER}/{index}/pid 2>/dev/null || runc --root {FOLDER}/root state stock-{index} | sed -n 's/.*\"pid\": \\([0-9]*\\).*/\\1/p') {FOLDER}/{index}/rootfs/workload fetch http://127.0.0.1:8080/state"))?;
+                let text = stage.on_node(node, &format!("{SETUP}\nnsenter --net={FOLDER}/ns-{index} {FOLDER}/{index}/rootfs/workload fetch http://127.0.0.1:8080/state"))?;
                 serde_json::from_str(&text).with_context(|| format!("not a state: {text}"))
             })
         })

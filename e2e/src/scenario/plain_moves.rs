@@ -17,7 +17,19 @@ pub(super) fn scenarios() -> Vec<Scenario> {
         .collect();
     all.push(Scenario::new("a_cold_move_is_a_new_start_and_says_so", cold));
     all.push(Scenario::new("a_target_chosen_by_the_scheduler_is_another_node", scheduler_chooses));
+    all.push(Scenario::new("stock_runc_moves_the_same_program", stock).own_cluster());
     all
+}
+
+/// What ours is compared with works, so that the comparison is one.
+fn stock(stage: &Stage, _: &str) -> Result<()> {
+    let [a, b, ..] = stage.nodes() else { anyhow::bail!("two nodes are needed") };
+    for containers in [1, 3] {
+        let times = crate::stock::run(stage, a, b, 64, containers)?;
+        ensure!(times.freeze >= times.dump + times.restore, "{times:?}");
+        eprintln!("stock runc, {containers} containers of 64 MiB: {times:?}");
+    }
+    Ok(())
 }
 
 /// The plan for a case.

@@ -5,14 +5,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 use crds::ProcessMigration;
 use crds::process_migration::Phase;
-use node_agent::decide::step::{Role, Step};
 use serde_json::json;
 
+use self::step::{Role, Step};
 use super::Scenario;
 use super::moves::{Move, because, follow, is_settled, is_true, move_to, phase, story};
 use super::stage::Stage;
 use super::subject::{Plan, Subject};
 use crate::invariants;
+
+// The agent's own list, so that no step can be forgotten; not its whole crate, which would have to build before any cluster comes up.
+#[path = "../../../node-agent/src/decide/step.rs"]
+#[expect(unreachable_pub, reason = "it is public where it comes from")]
+#[expect(dead_code, reason = "the agent uses the rest")]
+mod step;
 
 /// Where an agent looks for the fault that is meant for it.
 const ARMED: &str = "/run/peregrine/fault";
@@ -81,12 +87,12 @@ impl Route {
     }
 }
 
-fn step(name: &str) -> Result<Step> {
+fn named(name: &str) -> Result<Step> {
     Step::parse(name).with_context(|| format!("there is no step {name}"))
 }
 
 fn faults(stage: &Stage, case: &str) -> Result<()> {
-    let step = step(case)?;
+    let step = named(case)?;
     let mut subject = Subject::start(stage, &Plan { mib: 16, ..Plan::small(&format!("fault-{}", case.replace(['.', '_'], "-"))) })?;
     for when in ["before", "after"] {
         for action in ["fail", "kill"] {
@@ -131,7 +137,7 @@ fn end(stage: &Stage, subject: &mut Subject, settled: &ProcessMigration) -> Resu
 
 /// The step hangs, the user gives up.
 fn cancel(stage: &Stage, case: &str) -> Result<()> {
-    let step = step(case)?;
+    let step = named(case)?;
     let mut subject = Subject::start(stage, &Plan { mib: 16, ..Plan::small(&format!("cancel-{}", case.replace(['.', '_'], "-"))) })?;
     for when in ["before", "after"] {
         let route = Route::of(stage, &subject)?;
