@@ -278,7 +278,11 @@ pub fn own_attributes(containers: &[ContainerOnNode]) -> Result<Vec<ThreadFacts>
 fn affinity(tid: i32) -> Option<Vec<u32>> {
     let set = sched_getaffinity(Pid::from_raw(tid)).ok()?;
     let count = u32::try_from(CpuSet::count()).ok()?;
-    Some((0..count).filter(|n| usize::try_from(*n).is_ok_and(|n| set.is_set(n).unwrap_or(false))).collect())
+    Some(
+        (0..count)
+            .filter(|n| usize::try_from(*n).is_ok_and(|n| set.is_set(n).unwrap_or(false)))
+            .collect(),
+    )
 }
 
 /// Processors that are switched on: `0-3,6`.
@@ -307,7 +311,9 @@ pub fn set_attributes(cgroups: &[PathBuf], facts: &[ThreadFacts]) -> Result<(), 
         let mut pids = Vec::new();
         pod_on_node::collect_pids(cgroup, &mut pids)?;
         for tid in pids.into_iter().flat_map(threads) {
-            let Some(vtid) = status(tid).map(|s| s.vtid) else { continue };
+            let Some(vtid) = status(tid).map(|s| s.vtid) else {
+                continue;
+            };
             for fact in wanted.iter().filter(|f| f.tid == vtid) {
                 set_attribute(tid, fact);
             }
@@ -339,7 +345,11 @@ mod tests {
 
     #[test]
     fn what_a_sleeping_thread_is_in_can_be_seen() {
-        let mut child = Command::new("/bin/sleep").arg("1000").stdin(Stdio::null()).spawn().unwrap();
+        let mut child = Command::new("/bin/sleep")
+            .arg("1000")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
         let pid = child.id().cast_signed();
         let deadline = std::time::Instant::now() + Duration::from_secs(5);
         let seen = loop {
@@ -363,7 +373,10 @@ mod tests {
         assert_eq!(repair(std::slice::from_ref(&thread)).unwrap(), 1);
         assert!(child.try_wait().unwrap().is_none());
         // One for which a signal waits keeps its EINTR.
-        let pending = FrozenThread { pending: true, ..thread };
+        let pending = FrozenThread {
+            pending: true,
+            ..thread
+        };
         assert_eq!(repair(&[pending]).unwrap(), 0);
         child.kill().unwrap();
         child.wait().unwrap();

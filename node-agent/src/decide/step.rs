@@ -95,8 +95,8 @@ steps! {
     TargetRestore "target.restore" Target 600,
     /// Sets what CRIU does not, closes connections that cannot live.
     TargetAdjust "target.adjust" Target 30,
-    /// Swaps the decision.
-    TargetCommit "target.commit" Target 30,
+    /// Swaps the decision. It is never given up: an unknown decision stays unknown until it is read.
+    TargetCommit "target.commit" Target 31_536_000,
     /// Lets the containers run.
     TargetThaw "target.thaw" Target 10,
     /// Ends everything of the target.

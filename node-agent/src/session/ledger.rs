@@ -112,7 +112,11 @@ impl Ledger {
     /// All records.
     #[must_use]
     pub fn records(&self) -> Vec<Record> {
-        self.journal.lock().unwrap_or_else(PoisonError::into_inner).records().to_vec()
+        self.journal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .records()
+            .to_vec()
     }
 
     /// Whether a step has begun.
@@ -177,7 +181,13 @@ impl Ledger {
                 self.record(Record::End { step }).await?;
             }
             Err(why) => {
-                tracing::warn!(step = step.name(), elapsed_ms, reason = why.reason, error = why.message, "step failed");
+                tracing::warn!(
+                    step = step.name(),
+                    elapsed_ms,
+                    reason = why.reason,
+                    error = why.message,
+                    "step failed"
+                );
                 self.record(Record::Failed {
                     step,
                     reason: why.reason.clone(),
