@@ -92,12 +92,14 @@ fn play(stage: &Stage, scenario: &Scenario) -> Result<()> {
 
 /// Brings cluster and release back to work, as far as that is possible.
 fn repair(stage: &Stage) {
-    let steps: [(&str, fn(&Stage) -> Result<()>); 4] = [("nodes", heal), ("release", |stage| install::install(stage, &install::with_faults())), ("objects", sweep), ("agents", install::wait_at_work)];
-    for (what, step) in steps {
-        if let Err(error) = step(stage) {
+    let say = |what: &str, result: Result<()>| {
+        if let Err(error) = result {
             eprintln!("cannot bring back the {what}: {error:#}");
         }
-    }
+    };
+    say("nodes", heal(stage));
+    say("release", install::install(stage, &install::with_faults()));
+    say("objects", sweep(stage));
 }
 
 /// Starts what is down and heals what is cut.

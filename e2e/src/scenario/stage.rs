@@ -206,7 +206,7 @@ impl Stage {
         K::DynamicType: Default,
     {
         let object: K = serde_json::from_value(object).context("the object is not of its kind")?;
-        Ok(self.block(Api::<K>::namespaced(self.client(), NAMESPACE).create(&PostParams::default(), &object))?)
+        self.block(Api::<K>::namespaced(self.client(), NAMESPACE).create(&PostParams::default(), &object))
     }
 
     /// Merges a change into an object of the workloads' namespace.
@@ -218,7 +218,7 @@ impl Stage {
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
         K::DynamicType: Default,
     {
-        Ok(self.block(Api::<K>::namespaced(self.client(), NAMESPACE).patch(name, &PatchParams::default(), &Patch::Merge(change)))?)
+        self.block(Api::<K>::namespaced(self.client(), NAMESPACE).patch(name, &PatchParams::default(), &Patch::Merge(change)))
     }
 
     /// Deletes an object of the workloads' namespace; not being there is fine.
