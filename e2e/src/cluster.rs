@@ -9,7 +9,7 @@
 //! What exists is found by looking, never by remembering: processes by their cgroup, namespaces by the prefix of their names; mounts live in
 //! the machines' own mount namespaces and go with them. That is why `down` works after any crash of `up`.
 
-mod cgroup;
+pub(crate) mod cgroup;
 mod control_plane;
 mod enter;
 mod forward;
@@ -80,21 +80,31 @@ impl Cluster {
         let home = parts::home()?;
         preflight::check(&home)?;
         let _lock = state::lock(&home)?;
-        if State::load(&home)?.is_none() {
+        let known = State::load(&home)?;
+        if known.is_none() {
+            // No process of ours runs before the state is written.
+            if let Some(init) = Machine::named(control_plane::name())?.init() {
+                bail!(
+                    "a cluster that was started with another PEREGRINE_HOME is running (process {init}): take it down first, with `cargo xtask cluster down`"
+                );
+            }
             Parts::sweep(&home)?;
         }
         let parts = Parts::ensure(&home)?;
         network::probe(&parts)?;
-        let state = match State::load(&home)? {
+        let state = match known {
             Some(state) if state.complete && whole(&state) => state,
             _ => {
-                // A killed `up`, a restarted machine or a cluster of another PEREGRINE_HOME: what is left of it goes first.
+                // What a killed `up` or a restarted machine left goes first.
                 remove_all(&home)?;
                 State::create(&home, &parts)?
             }
         };
         let mut cluster = Self { home, parts, state };
-        progress::step(&format!("cluster with {} nodes", options.nodes.max(cluster.state.nodes)), || cluster.converge(options.nodes))?;
+        progress::step(
+            &format!("cluster with {} nodes", options.nodes.max(cluster.state.nodes)),
+            || cluster.converge(options.nodes),
+        )?;
         Ok(cluster)
     }
 
@@ -105,7 +115,9 @@ impl Cluster {
     pub fn running() -> Result<Self> {
         preflight::root()?;
         let home = parts::home()?;
-        let state = State::load(&home)?.filter(|state| state.complete).context("no cluster is up: `cargo xtask cluster up` brings one up")?;
+        let state = State::load(&home)?
+            .filter(|state| state.complete)
+            .context("no cluster is up: `cargo xtask cluster up` brings one up")?;
         let parts = state.parts();
         Ok(Self { home, parts, state })
     }
@@ -154,7 +166,10 @@ impl Cluster {
     /// If this cluster has none.
     pub fn node(&self, name: &str) -> Result<Member> {
         let names: Vec<String> = self.nodes().into_iter().map(Member::name).collect();
-        self.member(name).ok().filter(|member| matches!(member, Member::Node(_))).with_context(|| format!("{name} is no node of this cluster: say one of {}", names.join(", ")))
+        self.member(name)
+            .ok()
+            .filter(|member| matches!(member, Member::Node(_)))
+            .with_context(|| format!("{name} is no node of this cluster: say one of {}", names.join(", ")))
     }
 
     // ---- ways in -----------------------------------------------------------------------------------------------------------------------
@@ -198,20 +213,38 @@ impl Cluster {
     /// # Errors
     /// If the file cannot be read, or a node refuses it.
     pub fn load(&self, archive: &Path) -> Result<()> {
-        ensure!(archive.is_file(), "{} is no image archive: name a file as `docker save` or an OCI tool writes it", archive.display());
-        let running: Vec<Member> = self.nodes().into_iter().filter(|node| self.init_of(*node).is_some()).collect();
-        ensure!(!running.is_empty(), "no node is running: there is nothing to load an image into");
+        ensure!(
+            archive.is_file(),
+            "{} is no image archive: name a file as `docker save` or an OCI tool writes it",
+            archive.display()
+        );
+        let running: Vec<Member> = self
+            .nodes()
+            .into_iter()
+            .filter(|node| self.init_of(*node).is_some())
+            .collect();
+        ensure!(
+            !running.is_empty(),
+            "no node is running: there is nothing to load an image into"
+        );
         let imports = running
             .into_iter()
             .map(|node| {
                 let file = fs::File::open(archive).with_context(|| format!("cannot open {}", archive.display()))?;
                 let mut command = self.exec(node, &["ctr", "-n", "k8s.io", "images", "import", "-"])?;
-                let child = command.stdin(file).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().with_context(|| format!("cannot start the import into {}", node.name()))?;
+                let child = command
+                    .stdin(file)
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::piped())
+                    .spawn()
+                    .with_context(|| format!("cannot start the import into {}", node.name()))?;
                 Ok((node, child))
             })
             .collect::<Result<Vec<_>>>()?;
         for (node, child) in imports {
-            let output = child.wait_with_output().with_context(|| format!("cannot wait for the import into {}", node.name()))?;
+            let output = child
+                .wait_with_output()
+                .with_context(|| format!("cannot wait for the import into {}", node.name()))?;
             ensure!(
                 output.status.success(),
                 "{} did not import {}: {}",
@@ -273,7 +306,9 @@ impl Cluster {
     /// # Errors
     /// If the control plane is not running.
     pub fn apiserver_stop(&self) -> Result<()> {
-        Machine::named(control_plane::name())?.order(&format!("stop {}", control_plane::API_SERVER)).map(drop)
+        Machine::named(control_plane::name())?
+            .order(&format!("stop {}", control_plane::API_SERVER))
+            .map(drop)
     }
 
     /// Starts the API server; returns when it is ready.
@@ -335,9 +370,24 @@ impl Cluster {
             Member::Node(_) => (node::disks(), node::services(member)),
             Member::ControlPlane | Member::Outside => (control_plane::disks(), control_plane::services()),
         };
-        let mut binds: Vec<Bind> = disks.into_iter().map(|(name, to)| Bind { from: disk.join(name), to, read_only: false }).collect();
-        binds.push(Bind { from: self.parts.kube.clone(), to: control_plane::KUBE.into(), read_only: true });
-        binds.push(Bind { from: state::folder(&self.home).join("images"), to: node::IMAGES.into(), read_only: true });
+        let mut binds: Vec<Bind> = disks
+            .into_iter()
+            .map(|(name, to)| Bind {
+                from: disk.join(name),
+                to,
+                read_only: false,
+            })
+            .collect();
+        binds.push(Bind {
+            from: self.parts.kube.clone(),
+            to: control_plane::KUBE.into(),
+            read_only: true,
+        });
+        binds.push(Bind {
+            from: state::folder(&self.home).join("images"),
+            to: node::IMAGES.into(),
+            read_only: true,
+        });
         Ok(MachineSpec {
             name: member.name(),
             program: program("peregrine-e2e")?,
@@ -362,36 +412,59 @@ impl Cluster {
         };
         let copy = |from: &str, to: &str| -> Result<()> {
             let from = pki.file(from);
-            write(&format!("{}/{to}", control_plane::CONFIG), &fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))?)
+            write(
+                &format!("{}/{to}", control_plane::CONFIG),
+                &fs::read_to_string(&from).with_context(|| format!("cannot read {}", from.display()))?,
+            )
         };
-        let kubeconfig = |user: &str, to: &str| write(&format!("{}/{to}", control_plane::CONFIG), &pki.kubeconfig(user, &control_plane::api_url())?);
+        let kubeconfig = |user: &str, to: &str| {
+            write(
+                &format!("{}/{to}", control_plane::CONFIG),
+                &pki.kubeconfig(user, &control_plane::api_url())?,
+            )
+        };
         let name = member.name();
-        write(&format!("{}/proxy.json", control_plane::CONFIG), &control_plane::proxy_config(&name).to_string())?;
+        write(
+            &format!("{}/proxy.json", control_plane::CONFIG),
+            &control_plane::proxy_config(&name).to_string(),
+        )?;
         let Some(pod_network) = member.pod_network() else {
             for file in control_plane::files() {
                 copy(file, file)?;
             }
-            return control_plane::USERS.iter().try_for_each(|user| kubeconfig(user, &format!("{user}.kubeconfig")));
+            return control_plane::USERS
+                .iter()
+                .try_for_each(|user| kubeconfig(user, &format!("{user}.kubeconfig")));
         };
         kubeconfig("proxy", "proxy.kubeconfig")?;
         kubeconfig(&name, "kubelet.kubeconfig")?;
         copy("ca.crt", "ca.crt")?;
         copy(&format!("{name}-serving.crt"), "serving.crt")?;
         copy(&format!("{name}-serving.key"), "serving.key")?;
-        write(&format!("{}/kubelet.json", control_plane::CONFIG), &node::kubelet_config().to_string())?;
+        write(
+            &format!("{}/kubelet.json", control_plane::CONFIG),
+            &node::kubelet_config().to_string(),
+        )?;
         write("/etc/containerd/config.toml", &node::containerd_config())?;
-        write("/etc/cni/net.d/10-peregrine-e2e.conflist", &node::cni_config(&pod_network).to_string())?;
-        fs::create_dir_all(upper.join("etc/containerd/conf.d")).context("cannot make the folder for containerd's drop-ins")?;
+        write(
+            "/etc/cni/net.d/10-peregrine-e2e.conflist",
+            &node::cni_config(&pod_network).to_string(),
+        )?;
+        fs::create_dir_all(upper.join("etc/containerd/conf.d"))
+            .context("cannot make the folder for containerd's drop-ins")?;
         // A machine keeps its identity over reboots.
         if !upper.join("etc/machine-id").exists() {
-            let id = fs::read_to_string("/proc/sys/kernel/random/uuid").context("cannot make a machine id")?.replace('-', "");
+            let id = fs::read_to_string("/proc/sys/kernel/random/uuid")
+                .context("cannot make a machine id")?
+                .replace('-', "");
             write("/etc/machine-id", &id)?;
         }
         let runc = upper.join(node::NODE_RUNC.trim_start_matches('/'));
         if let Some(folder) = runc.parent() {
             fs::create_dir_all(folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         }
-        fs::copy(program("node-runc")?, &runc).with_context(|| format!("cannot copy node-runc to {}", runc.display()))?;
+        fs::copy(program("node-runc")?, &runc)
+            .with_context(|| format!("cannot copy node-runc to {}", runc.display()))?;
         Ok(())
     }
 
@@ -417,32 +490,58 @@ impl Cluster {
     /// Waits until the API server says that it is ready, through the forwarder.
     fn wait_api(&self) -> Result<()> {
         await_level("the API server to be ready", STEP, || {
-            let output = self.kubectl().args(["get", "--raw", "/readyz", "--request-timeout=3s"]).output().context("cannot run kubectl")?;
-            Ok(if output.status.success() { Ok(()) } else { Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()) })
+            let output = self
+                .kubectl()
+                .args(["get", "--raw", "/readyz", "--request-timeout=3s"])
+                .output()
+                .context("cannot run kubectl")?;
+            Ok(if output.status.success() {
+                Ok(())
+            } else {
+                Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+            })
         })
     }
 
     /// Waits until these nodes are Ready, each since its present boot.
     fn wait_ready(&self, nodes: &[Member]) -> Result<()> {
-        let expected: Vec<(String, String)> = nodes.iter().map(|node| Ok((node.name(), self.boot_id(*node)?))).collect::<Result<_>>()?;
+        let expected: Vec<(String, String)> = nodes
+            .iter()
+            .map(|node| Ok((node.name(), self.boot_id(*node)?)))
+            .collect::<Result<_>>()?;
         await_level("every node to be Ready", STEP, || {
             let template = "{range .items[*]}{.metadata.name} {.status.nodeInfo.bootID} {.status.conditions[?(@.type==\"Ready\")].status}{\"\\n\"}{end}";
             let output = self
                 .kubectl()
-                .args(["get", "nodes", "--request-timeout=5s", "-o", &format!("jsonpath={template}")])
+                .args([
+                    "get",
+                    "nodes",
+                    "--request-timeout=5s",
+                    "-o",
+                    &format!("jsonpath={template}"),
+                ])
                 .output()
                 .context("cannot run kubectl")?;
             let listing = String::from_utf8_lossy(&output.stdout).into_owned();
             let waiting = not_ready(&listing, &expected);
-            Ok(if output.status.success() && waiting.is_empty() { Ok(()) } else { Err(format!("not Ready: {}", waiting.join(", "))) })
+            Ok(if output.status.success() && waiting.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("not Ready: {}", waiting.join(", ")))
+            })
         })
     }
 
     /// The boot id that a running node has; kubelet reports it.
     fn boot_id(&self, node: Member) -> Result<String> {
-        let init = self.init_of(node).with_context(|| format!("{} is not running", node.name()))?;
+        let init = self
+            .init_of(node)
+            .with_context(|| format!("{} is not running", node.name()))?;
         let path = format!("/proc/{init}/root/proc/sys/kernel/random/boot_id");
-        Ok(fs::read_to_string(&path).with_context(|| format!("cannot read the boot id of {}", node.name()))?.trim().to_owned())
+        Ok(fs::read_to_string(&path)
+            .with_context(|| format!("cannot read the boot id of {}", node.name()))?
+            .trim()
+            .to_owned())
     }
 }
 
@@ -456,7 +555,11 @@ fn not_ready(listing: &str, expected: &[(String, String)]) -> Vec<String> {
             (ready == "True").then_some((name, boot))
         })
         .collect();
-    expected.iter().filter(|(name, boot)| !ready.contains(&(name.as_str(), boot.as_str()))).map(|(name, _)| name.clone()).collect()
+    expected
+        .iter()
+        .filter(|(name, boot)| !ready.contains(&(name.as_str(), boot.as_str())))
+        .map(|(name, _)| name.clone())
+        .collect()
 }
 
 /// Looks until the level is reached; an inner error is why not yet.
@@ -473,7 +576,9 @@ fn await_level(what: &str, limit: Duration, mut look: impl FnMut() -> Result<Res
 
 /// Whether what a complete cluster always has is there: not after the machine was restarted, or another home's `down`.
 fn whole(state: &State) -> bool {
-    Machine::named(control_plane::name()).is_ok_and(|machine| machine.init().is_some()) && netns::exists(topology::SWITCH) && state.parts().missing().is_empty()
+    Machine::named(control_plane::name()).is_ok_and(|machine| machine.init().is_some())
+        && netns::exists(topology::SWITCH)
+        && state.parts().missing().is_empty()
 }
 
 /// Takes everything away, in an order in which nothing comes back.
@@ -488,14 +593,19 @@ fn remove_all(home: &Path) -> Result<()> {
 }
 
 /// One of our programs: they lie beside this one, or one folder up from a test.
-fn program(name: &str) -> Result<PathBuf> {
+pub(crate) fn program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("cannot find this program's own path")?;
     own.ancestors()
         .skip(1)
         .take(2)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("the program {name} is not beside {}: build it with `cargo build -p e2e`", own.display()))
+        .with_context(|| {
+            format!(
+                "the program {name} is not beside {}: build it with `cargo build -p e2e`",
+                own.display()
+            )
+        })
 }
 
 /// The sandbox image of the nodes.
@@ -514,10 +624,21 @@ mod tests {
 
     #[test]
     fn a_node_is_ready_only_since_its_present_boot() {
-        let expected = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, boot)| ((*name).to_owned(), (*boot).to_owned())).collect::<Vec<_>>();
+        let expected = |pairs: &[(&str, &str)]| {
+            pairs
+                .iter()
+                .map(|(name, boot)| ((*name).to_owned(), (*boot).to_owned()))
+                .collect::<Vec<_>>()
+        };
         let listing = "node-a 1 True\nnode-b 1 False\nnode-c  \n";
         assert!(not_ready(listing, &expected(&[("node-a", "1")])).is_empty());
-        assert_eq!(not_ready(listing, &expected(&[("node-a", "2"), ("node-b", "1"), ("node-c", "1"), ("node-d", "1")])), ["node-a", "node-b", "node-c", "node-d"]);
+        assert_eq!(
+            not_ready(
+                listing,
+                &expected(&[("node-a", "2"), ("node-b", "1"), ("node-c", "1"), ("node-d", "1")])
+            ),
+            ["node-a", "node-b", "node-c", "node-d"]
+        );
     }
 
     #[test]

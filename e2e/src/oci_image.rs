@@ -37,17 +37,32 @@ pub struct Entry {
 impl Entry {
     /// An executable file of root's, copied from the host.
     pub fn program(path: &str, from: impl Into<PathBuf>) -> Self {
-        Self { path: path.to_owned(), content: Content::File(from.into()), mode: 0o755, owner: (0, 0) }
+        Self {
+            path: path.to_owned(),
+            content: Content::File(from.into()),
+            mode: 0o755,
+            owner: (0, 0),
+        }
     }
 
     /// A readable file of root's.
     pub fn file(path: &str, bytes: impl Into<Vec<u8>>) -> Self {
-        Self { path: path.to_owned(), content: Content::Bytes(bytes.into()), mode: 0o644, owner: (0, 0) }
+        Self {
+            path: path.to_owned(),
+            content: Content::Bytes(bytes.into()),
+            mode: 0o644,
+            owner: (0, 0),
+        }
     }
 
     /// A folder.
     pub fn folder(path: &str, mode: u32, owner: (u32, u32)) -> Self {
-        Self { path: path.to_owned(), content: Content::Folder, mode, owner }
+        Self {
+            path: path.to_owned(),
+            content: Content::Folder,
+            mode,
+            owner,
+        }
     }
 }
 
@@ -74,7 +89,11 @@ impl Image {
     /// # Errors
     /// If a file cannot be read, or two entries have the same path.
     pub fn to_archive(&self) -> Result<Vec<u8>> {
-        ensure!(self.name.rsplit('/').next().is_some_and(|last| last.contains(':')), "an image needs a name with a tag, but is called {:?}", self.name);
+        ensure!(
+            self.name.rsplit('/').next().is_some_and(|last| last.contains(':')),
+            "an image needs a name with a tag, but is called {:?}",
+            self.name
+        );
         let layer = self.layer()?;
         let config = serde_json::to_vec(&json!({
             "architecture": architecture(),
@@ -95,10 +114,18 @@ impl Image {
             "io.containerd.image.name": self.name,
             "org.opencontainers.image.ref.name": self.name.rsplit(':').next(),
         });
-        let index = serde_json::to_vec(&json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [described]}))?;
+        let index = serde_json::to_vec(
+            &json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [described]}),
+        )?;
 
         let mut archive = tar::Builder::new(Vec::new());
-        append(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644, (0, 0))?;
+        append(
+            &mut archive,
+            "oci-layout",
+            br#"{"imageLayoutVersion":"1.0.0"}"#,
+            0o644,
+            (0, 0),
+        )?;
         append(&mut archive, "index.json", &index, 0o644, (0, 0))?;
         for bytes in [&layer, &config, &manifest] {
             let path = format!("blobs/{}", digest(bytes).replace(':', "/"));
@@ -112,9 +139,12 @@ impl Image {
     /// # Errors
     /// As [`Image::to_archive`], or if the file cannot be written.
     pub fn write(&self, to: &Path) -> Result<()> {
-        let bytes = self.to_archive().with_context(|| format!("cannot make the image {}", self.name))?;
+        let bytes = self
+            .to_archive()
+            .with_context(|| format!("cannot make the image {}", self.name))?;
         let mut file = std::fs::File::create(to).with_context(|| format!("cannot create {}", to.display()))?;
-        file.write_all(&bytes).with_context(|| format!("cannot write {}", to.display()))
+        file.write_all(&bytes)
+            .with_context(|| format!("cannot write {}", to.display()))
     }
 
     /// The file system alone, as a tar.
@@ -132,8 +162,15 @@ impl Image {
         entries.sort_by_key(|entry| plain(&entry.path));
         for entry in entries {
             let path = plain(&entry.path);
-            ensure!(!path.is_empty() && !path.split('/').any(|part| part == ".."), "{:?} is not a path inside an image", entry.path);
-            ensure!(paths.insert(path.clone()), "two entries of the image have the path {path}");
+            ensure!(
+                !path.is_empty() && !path.split('/').any(|part| part == ".."),
+                "{:?} is not a path inside an image",
+                entry.path
+            );
+            ensure!(
+                paths.insert(path.clone()),
+                "two entries of the image have the path {path}"
+            );
             for (end, _) in path.match_indices('/') {
                 if folders.insert(path[..end].to_owned()) {
                     append_kind(&mut layer, &path[..end], tar::EntryType::Directory, 0o755, (0, 0), None)?;
@@ -147,10 +184,24 @@ impl Image {
                 }
                 Content::Folder => {
                     if folders.insert(path.clone()) {
-                        append_kind(&mut layer, &path, tar::EntryType::Directory, entry.mode, entry.owner, None)?;
+                        append_kind(
+                            &mut layer,
+                            &path,
+                            tar::EntryType::Directory,
+                            entry.mode,
+                            entry.owner,
+                            None,
+                        )?;
                     }
                 }
-                Content::Link(target) => append_kind(&mut layer, &path, tar::EntryType::Symlink, 0o777, entry.owner, Some(target))?,
+                Content::Link(target) => append_kind(
+                    &mut layer,
+                    &path,
+                    tar::EntryType::Symlink,
+                    0o777,
+                    entry.owner,
+                    Some(target),
+                )?,
             }
         }
         Ok(layer.into_inner()?)
@@ -165,10 +216,19 @@ fn plain(path: &str) -> String {
 fn append(archive: &mut tar::Builder<Vec<u8>>, path: &str, bytes: &[u8], mode: u32, owner: (u32, u32)) -> Result<()> {
     let mut header = header(tar::EntryType::Regular, mode, owner);
     header.set_size(bytes.len() as u64);
-    archive.append_data(&mut header, path, bytes).with_context(|| format!("cannot add {path}"))
+    archive
+        .append_data(&mut header, path, bytes)
+        .with_context(|| format!("cannot add {path}"))
 }
 
-fn append_kind(archive: &mut tar::Builder<Vec<u8>>, path: &str, kind: tar::EntryType, mode: u32, owner: (u32, u32), target: Option<&str>) -> Result<()> {
+fn append_kind(
+    archive: &mut tar::Builder<Vec<u8>>,
+    path: &str,
+    kind: tar::EntryType,
+    mode: u32,
+    owner: (u32, u32),
+    target: Option<&str>,
+) -> Result<()> {
     let mut header = header(kind, mode, owner);
     match target {
         Some(target) => archive.append_link(&mut header, path, target),
@@ -213,7 +273,12 @@ mod tests {
             entries: vec![
                 Entry::file("/opt/thing/data", "x"),
                 Entry::folder("/opt/thing", 0o700, (7, 8)),
-                Entry { path: "bin/l".to_owned(), content: Content::Link("/opt".to_owned()), mode: 0, owner: (0, 0) },
+                Entry {
+                    path: "bin/l".to_owned(),
+                    content: Content::Link("/opt".to_owned()),
+                    mode: 0,
+                    owner: (0, 0),
+                },
             ],
             entrypoint: vec!["/thing".to_owned()],
             env: vec!["A=b".to_owned()],
@@ -231,7 +296,12 @@ mod tests {
                 let mut bytes = Vec::new();
                 entry.read_to_end(&mut bytes).unwrap();
                 let header = entry.header();
-                (entry.path().unwrap().display().to_string(), header.mode().unwrap(), header.uid().unwrap(), bytes)
+                (
+                    entry.path().unwrap().display().to_string(),
+                    header.mode().unwrap(),
+                    header.uid().unwrap(),
+                    bytes,
+                )
             })
             .collect()
     }
@@ -245,8 +315,12 @@ mod tests {
             assert_eq!(super::digest(&bytes), digest.as_str().unwrap());
             bytes
         };
-        let index: serde_json::Value = serde_json::from_slice(&files.iter().find(|file| file.0 == "index.json").unwrap().3).unwrap();
-        assert_eq!(index["manifests"][0]["annotations"]["io.containerd.image.name"], "docker.io/local/thing:1");
+        let index: serde_json::Value =
+            serde_json::from_slice(&files.iter().find(|file| file.0 == "index.json").unwrap().3).unwrap();
+        assert_eq!(
+            index["manifests"][0]["annotations"]["io.containerd.image.name"],
+            "docker.io/local/thing:1"
+        );
         let manifest: serde_json::Value = serde_json::from_slice(&blob(&index["manifests"][0]["digest"])).unwrap();
         let config: serde_json::Value = serde_json::from_slice(&blob(&manifest["config"]["digest"])).unwrap();
         assert_eq!(config["config"]["User"], "1000");
@@ -257,10 +331,20 @@ mod tests {
     #[test]
     fn parents_come_first_and_keep_their_own_mode() {
         let layer = read(&image().layer().unwrap());
-        let story: Vec<(&str, u32, u64)> = layer.iter().map(|(path, mode, uid, _)| (path.trim_end_matches('/'), *mode, *uid)).collect();
+        let story: Vec<(&str, u32, u64)> = layer
+            .iter()
+            .map(|(path, mode, uid, _)| (path.trim_end_matches('/'), *mode, *uid))
+            .collect();
         assert_eq!(
             story,
-            [("bin", 0o755, 0), ("bin/l", 0o777, 0), ("opt", 0o755, 0), ("opt/thing", 0o700, 7), ("opt/thing/data", 0o644, 0), ("tmp", 0o1777, 0)]
+            [
+                ("bin", 0o755, 0),
+                ("bin/l", 0o777, 0),
+                ("opt", 0o755, 0),
+                ("opt/thing", 0o700, 7),
+                ("opt/thing/data", 0o644, 0),
+                ("tmp", 0o1777, 0)
+            ]
         );
     }
 
@@ -277,6 +361,15 @@ mod tests {
         let mut outside = image();
         outside.entries.push(Entry::file("../x", "y"));
         assert!(outside.to_archive().is_err());
-        assert!(Image { name: "registry:5000/untagged".to_owned(), ..image() }.to_archive().unwrap_err().to_string().contains("tag"));
+        assert!(
+            Image {
+                name: "registry:5000/untagged".to_owned(),
+                ..image()
+            }
+            .to_archive()
+            .unwrap_err()
+            .to_string()
+            .contains("tag")
+        );
     }
 }

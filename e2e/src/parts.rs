@@ -7,6 +7,7 @@ mod cache;
 mod debian;
 mod go;
 mod versions;
+pub(crate) mod workshop;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -44,11 +45,15 @@ impl Parts {
 
     /// Names of those that are not there yet.
     pub fn missing(&self) -> Vec<&'static str> {
-        [("the Debian tree", &self.tree), ("the Kubernetes components", &self.kube), ("helm", &self.helm)]
-            .into_iter()
-            .filter(|(_, path)| !path.exists())
-            .map(|(name, _)| name)
-            .collect()
+        [
+            ("the Debian tree", &self.tree),
+            ("the Kubernetes components", &self.kube),
+            ("helm", &self.helm),
+        ]
+        .into_iter()
+        .filter(|(_, path)| !path.exists())
+        .map(|(name, _)| name)
+        .collect()
     }
 
     /// Makes what is missing.
@@ -59,11 +64,31 @@ impl Parts {
         let parts = Self::expected(home)?;
         let versions = Versions::load()?;
         let cache = cache::Cache::new(home);
-        debian::ensure(&cache, &versions, &debian::key(&versions), "debian", &versions.debian.include).context("cannot make the Debian tree")?;
+        if !parts.missing().is_empty() {
+            workshop::clear().context("cannot end an earlier build")?;
+        }
+        debian::ensure(
+            &cache,
+            &versions,
+            &debian::key(&versions),
+            "debian",
+            &versions.debian.include,
+        )
+        .context("cannot make the Debian tree")?;
         debian::check(&versions, &parts.tree)?;
         go::ensure_kube(&cache, &versions).context("cannot build the Kubernetes components")?;
         go::ensure_helm(&cache, &versions).context("cannot build helm")?;
         Ok(parts)
+    }
+
+    /// Makes helm alone, if it is missing.
+    ///
+    /// # Errors
+    /// If it cannot be had; the message names the log.
+    pub fn ensure_helm(home: &Path) -> Result<PathBuf> {
+        let cache = cache::Cache::new(home);
+        go::ensure_helm(&cache, &Versions::load()?).context("cannot build helm")?;
+        Ok(Self::expected(home)?.helm)
     }
 
     /// Removes parts that were made from other inputs. Not while a cluster runs, which may be made from them.
@@ -119,10 +144,18 @@ fn loader(arch: &str) -> (&'static str, &'static str) {
 /// # Errors
 /// If neither `PEREGRINE_HOME`, `XDG_CACHE_HOME` nor `HOME` is set, or the one that counts is not an absolute path.
 pub fn home() -> Result<PathBuf> {
-    let of = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let of = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     let home = home_from(of("PEREGRINE_HOME"), of("XDG_CACHE_HOME"), of("HOME"))
         .context("no folder to keep the cluster's parts in: set PEREGRINE_HOME to a folder with 5 GB of room")?;
-    anyhow::ensure!(home.is_absolute(), "PEREGRINE_HOME must be an absolute path, but is {}", home.display());
+    anyhow::ensure!(
+        home.is_absolute(),
+        "PEREGRINE_HOME must be an absolute path, but is {}",
+        home.display()
+    );
     Ok(home)
 }
 

@@ -11,7 +11,10 @@ use std::process::{Command, ExitCode};
 const RUNC: &str = "/usr/sbin/runc";
 
 fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let args: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|arg| arg.to_string_lossy().into_owned())
+        .collect();
     if let Some(bundle) = bundle_to_change(&args)
         && !has_controllers(Path::new("/sys/fs/cgroup/cgroup.controllers"))
         && let Err(error) = drop_resources(&bundle.join("config.json"))
@@ -61,8 +64,12 @@ fn has_controllers(list: &Path) -> bool {
 /// Rewrites a bundle's configuration: by rename, so that nobody reads half of it.
 fn drop_resources(config: &Path) -> Result<(), String> {
     let text = std::fs::read(config).map_err(|error| format!("cannot read {}: {error}", config.display()))?;
-    let mut spec: serde_json::Value = serde_json::from_slice(&text).map_err(|error| format!("cannot parse {}: {error}", config.display()))?;
-    if let Some(resources) = spec.pointer_mut("/linux/resources").and_then(serde_json::Value::as_object_mut) {
+    let mut spec: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|error| format!("cannot parse {}: {error}", config.display()))?;
+    if let Some(resources) = spec
+        .pointer_mut("/linux/resources")
+        .and_then(serde_json::Value::as_object_mut)
+    {
         resources.retain(|name, _| name == "devices");
     }
     let new = config.with_extension("json.node-runc");
@@ -78,7 +85,10 @@ mod tests {
     #[test]
     fn only_calls_that_make_containers_are_changed() {
         for (args, bundle) in [
-            ("--root /r --log /l --log-format json create --bundle /b --pid-file /p id", Some("/b")),
+            (
+                "--root /r --log /l --log-format json create --bundle /b --pid-file /p id",
+                Some("/b"),
+            ),
             ("--root=/r create -b /b id", Some("/b")),
             ("--systemd-cgroup restore --image-path /i --bundle=/b id", Some("/b")),
             ("run id", Some(".")),
@@ -98,7 +108,10 @@ mod tests {
         std::fs::write(&config, r#"{"linux":{"resources":{"cpu":{"shares":2},"devices":[{"allow":false}]},"x":1},"y":18446744073709551615}"#).unwrap();
         drop_resources(&config).unwrap();
         let spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
-        assert_eq!(spec, serde_json::json!({"linux":{"resources":{"devices":[{"allow":false}]},"x":1},"y":u64::MAX}));
+        assert_eq!(
+            spec,
+            serde_json::json!({"linux":{"resources":{"devices":[{"allow":false}]},"x":1},"y":u64::MAX})
+        );
         std::fs::remove_file(config).unwrap();
     }
 }

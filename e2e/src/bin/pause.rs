@@ -17,7 +17,12 @@ fn main() {
     }
     loop {
         match signals.wait() {
-            Ok(Signal::SIGCHLD) => while !matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(WaitStatus::StillAlive) | Err(_)) {},
+            Ok(Signal::SIGCHLD) => {
+                while !matches!(
+                    waitpid(None, Some(WaitPidFlag::WNOHANG)),
+                    Ok(WaitStatus::StillAlive) | Err(_)
+                ) {}
+            }
             Ok(_) => return,
             Err(error) => {
                 eprintln!("pause: cannot wait for a signal: {error}");

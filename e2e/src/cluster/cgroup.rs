@@ -25,16 +25,29 @@ pub(crate) fn base() -> Result<PathBuf> {
         return Ok(mount.join(NAME));
     }
     fs::create_dir_all(OWN_MOUNT).with_context(|| format!("cannot make the folder {OWN_MOUNT}"))?;
-    nix::mount::mount(Some("cgroup2"), OWN_MOUNT, Some("cgroup2"), nix::mount::MsFlags::empty(), None::<&str>)
-        .context("cgroup v2 is not mounted on this machine and cannot be: boot a kernel with cgroup v2")?;
+    nix::mount::mount(
+        Some("cgroup2"),
+        OWN_MOUNT,
+        Some("cgroup2"),
+        nix::mount::MsFlags::empty(),
+        None::<&str>,
+    )
+    .context("cgroup v2 is not mounted on this machine and cannot be: boot a kernel with cgroup v2")?;
     Ok(Path::new(OWN_MOUNT).join(NAME))
+}
+
+/// Removes the folder of all our cgroups if it is empty.
+pub(crate) fn tidy() {
+    if let Ok(base) = base() {
+        fs::remove_dir(base).ok();
+    }
 }
 
 /// Unmounts what [`base`] may have mounted.
 pub(crate) fn unmount() {
-    drop(nix::mount::umount(OWN_MOUNT));
-    drop(fs::remove_dir(OWN_MOUNT));
-    drop(fs::remove_dir("/run/peregrine-e2e"));
+    nix::mount::umount(OWN_MOUNT).ok();
+    fs::remove_dir(OWN_MOUNT).ok();
+    fs::remove_dir("/run/peregrine-e2e").ok();
 }
 
 /// The first mount of cgroup v2 in `/proc/self/mounts`.
@@ -61,10 +74,6 @@ impl Cgroup {
         Ok(Self(base()?))
     }
 
-    pub(crate) fn path(&self) -> &Path {
-        &self.0
-    }
-
     pub(crate) fn exists(&self) -> bool {
         self.0.exists()
     }
@@ -75,17 +84,25 @@ impl Cgroup {
 
     /// Moves the calling process into it.
     pub(crate) fn enter(&self) -> Result<()> {
-        fs::write(self.0.join("cgroup.procs"), "0").with_context(|| format!("cannot enter the cgroup {}", self.0.display()))
+        fs::write(self.0.join("cgroup.procs"), "0")
+            .with_context(|| format!("cannot enter the cgroup {}", self.0.display()))
     }
 
     /// Processes directly in it.
     pub(crate) fn processes(&self) -> Vec<u32> {
-        fs::read_to_string(self.0.join("cgroup.procs")).unwrap_or_default().lines().filter_map(|line| line.parse().ok()).collect()
+        fs::read_to_string(self.0.join("cgroup.procs"))
+            .unwrap_or_default()
+            .lines()
+            .filter_map(|line| line.parse().ok())
+            .collect()
     }
 
     /// Whether any process is in it or below.
     pub(crate) fn populated(&self) -> bool {
-        fs::read_to_string(self.0.join("cgroup.events")).unwrap_or_default().lines().any(|line| line == "populated 1")
+        fs::read_to_string(self.0.join("cgroup.events"))
+            .unwrap_or_default()
+            .lines()
+            .any(|line| line == "populated 1")
     }
 
     /// Kills all in it and below, waits until they are gone and removes it.
@@ -97,13 +114,18 @@ impl Cgroup {
         loop {
             // Written each time: a process may have been moved in while the others were killed.
             if self.populated() {
-                fs::write(self.0.join("cgroup.kill"), "1").with_context(|| format!("cannot kill the cgroup {}", self.0.display()))?;
+                fs::write(self.0.join("cgroup.kill"), "1")
+                    .with_context(|| format!("cannot kill the cgroup {}", self.0.display()))?;
                 // A frozen cgroup dies as well: the kernel thaws what it kills in version 2.
             } else if remove(&self.0).is_ok() {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                bail!("the cgroup {} is not empty {} s after its processes were killed", self.0.display(), GONE.as_secs());
+                bail!(
+                    "the cgroup {} is not empty {} s after its processes were killed",
+                    self.0.display(),
+                    GONE.as_secs()
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -128,7 +150,10 @@ mod tests {
     fn version_two_is_found_wherever_it_is() {
         let hybrid = "cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
         assert_eq!(mounted(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mounted("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"), Some("/sys/fs/cgroup".into()));
+        assert_eq!(
+            mounted("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n"),
+            Some("/sys/fs/cgroup".into())
+        );
         assert_eq!(mounted("cgroup /sys/fs/cgroup/cpu cgroup rw,cpu 0 0\n"), None);
     }
 }

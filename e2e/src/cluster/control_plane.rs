@@ -33,7 +33,12 @@ fn file(flag: &str, name: &str) -> String {
 
 /// All services of the control plane.
 pub(super) fn services() -> Vec<Service> {
-    let service = |name: &str, after: Vec<Condition>, argv: Vec<String>| Service { name: name.to_owned(), after, before: Vec::new(), argv };
+    let service = |name: &str, after: Vec<Condition>, argv: Vec<String>| Service {
+        name: name.to_owned(),
+        after,
+        before: Vec::new(),
+        argv,
+    };
     let with_api = || vec![Condition::Tcp(api_address().to_string())];
     vec![
         service("etcd", Vec::new(), etcd()),
@@ -197,7 +202,13 @@ mod tests {
         for service in services() {
             for argument in &service.argv {
                 if let Some((_, name)) = argument.split_once(&format!("={CONFIG}/")) {
-                    assert!(files().contains(&name) || kubeconfigs.iter().any(|config| config == name) || name == "proxy.json", "{argument} of {}", service.name);
+                    assert!(
+                        files().contains(&name)
+                            || kubeconfigs.iter().any(|config| config == name)
+                            || name == "proxy.json",
+                        "{argument} of {}",
+                        service.name
+                    );
                 }
             }
         }
@@ -206,7 +217,14 @@ mod tests {
     #[test]
     fn nodes_have_the_rights_of_nodes_only() {
         let argv = api_server();
-        assert!(argv.contains(&"--authorization-mode=Node,RBAC".to_owned()) && argv.contains(&"--enable-admission-plugins=NodeRestriction".to_owned()));
-        assert!(!argv.iter().any(|argument| argument.contains("token-auth-file") || argument.contains("AlwaysAllow")));
+        assert!(
+            argv.contains(&"--authorization-mode=Node,RBAC".to_owned())
+                && argv.contains(&"--enable-admission-plugins=NodeRestriction".to_owned())
+        );
+        assert!(
+            !argv
+                .iter()
+                .any(|argument| argument.contains("token-auth-file") || argument.contains("AlwaysAllow"))
+        );
     }
 }

@@ -34,12 +34,17 @@ pub(super) fn run(member: Member, argv: &[String]) -> Result<ExitCode> {
             setns(&netns, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter the network of {name}"))?;
         }
         Member::Node(_) => {
-            let init = Machine::named(&name)?.init().with_context(|| format!("{name} is not running: `cluster node start {name}` starts it"))?;
+            let init = Machine::named(&name)?
+                .init()
+                .with_context(|| format!("{name} is not running: `cluster node start {name}` starts it"))?;
             // All are opened before the first is entered: `/proc` is another one afterwards.
             // The mount namespace comes last, for the same reason.
             let namespaces = ["cgroup", "ipc", "uts", "net", "pid", "time", "mnt"]
                 .into_iter()
-                .map(|kind| File::open(format!("/proc/{init}/ns/{kind}")).with_context(|| format!("cannot open the {kind} namespace of {name}")))
+                .map(|kind| {
+                    File::open(format!("/proc/{init}/ns/{kind}"))
+                        .with_context(|| format!("cannot open the {kind} namespace of {name}"))
+                })
                 .collect::<Result<Vec<_>>>()?;
             cgroup.enter()?;
             for namespace in &namespaces {
@@ -60,7 +65,9 @@ pub(super) fn run(member: Member, argv: &[String]) -> Result<ExitCode> {
 
 /// Becomes a command that dies with the parent.
 pub(super) fn exec(argv: &[String]) -> ExitCode {
-    let Some((program, args)) = argv.split_first() else { return ExitCode::from(NOT_FOUND) };
+    let Some((program, args)) = argv.split_first() else {
+        return ExitCode::from(NOT_FOUND);
+    };
     if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGKILL) {
         eprintln!("cannot tie {program} to its caller: {error}");
     }

@@ -19,7 +19,9 @@ pub(super) const NAME: &str = "forwarder";
 /// A port of loopback that is free, the usual one if it can be had.
 pub(super) fn free_port() -> Result<u16> {
     let bind = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
-    let listener = bind(API_PORT).or_else(|_| bind(0)).context("no port of 127.0.0.1 is free")?;
+    let listener = bind(API_PORT)
+        .or_else(|_| bind(0))
+        .context("no port of 127.0.0.1 is free")?;
     Ok(listener.local_addr().context("cannot read a socket's address")?.port())
 }
 
@@ -29,15 +31,20 @@ pub(super) fn free_port() -> Result<u16> {
 /// If the port is taken, or the control plane's namespace is not there.
 pub(super) fn run(port: u16) -> Result<()> {
     Cgroup::named(NAME)?.enter()?;
-    drop(setsid());
+    setsid().ok();
     // Bound here, in the host's network; the socket stays there when the process moves on.
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| format!("cannot listen on 127.0.0.1:{port}"))?;
+    let listener =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, port)).with_context(|| format!("cannot listen on 127.0.0.1:{port}"))?;
     let netns = netns::path(&Member::ControlPlane.netns());
     let netns = File::open(&netns).with_context(|| format!("cannot open {}", netns.display()))?;
     setns(&netns, CloneFlags::CLONE_NEWNET).context("cannot enter the control plane's network")?;
     for stream in listener.incoming() {
         match stream {
-            Ok(stream) => drop(std::thread::Builder::new().stack_size(64 << 10).spawn(move || forward(&stream))),
+            Ok(stream) => drop(
+                std::thread::Builder::new()
+                    .stack_size(64 << 10)
+                    .spawn(move || forward(&stream)),
+            ),
             // Out of descriptors or an aborted connection: the next one may succeed.
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
@@ -48,8 +55,10 @@ pub(super) fn run(port: u16) -> Result<()> {
 /// Copies both ways until both ends are done. A refused connection is answered by closing.
 fn forward(client: &TcpStream) {
     let to = SocketAddr::from((Member::ControlPlane.address(), API_PORT));
-    let Ok(server) = TcpStream::connect_timeout(&to, Duration::from_secs(5)) else { return };
-    drop((client.set_nodelay(true), server.set_nodelay(true)));
+    let Ok(server) = TcpStream::connect_timeout(&to, Duration::from_secs(5)) else {
+        return;
+    };
+    client.set_nodelay(true).and_then(|()| server.set_nodelay(true)).ok();
     let server = &server;
     std::thread::scope(|scope| {
         scope.spawn(move || copy(client, server));
@@ -58,9 +67,9 @@ fn forward(client: &TcpStream) {
 }
 
 fn copy(mut from: &TcpStream, mut to: &TcpStream) {
-    match io::copy(&mut from, &mut to) {
-        Ok(_) => drop(to.shutdown(Shutdown::Write)),
+    let _ = match io::copy(&mut from, &mut to) {
+        Ok(_) => to.shutdown(Shutdown::Write).ok(),
         // Broken: the other direction must not wait for it.
-        Err(_) => drop((from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both))),
-    }
+        Err(_) => from.shutdown(Shutdown::Both).and(to.shutdown(Shutdown::Both)).ok(),
+    };
 }

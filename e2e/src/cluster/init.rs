@@ -55,18 +55,26 @@ pub(super) fn spawn(spec_file: &Path) -> Result<()> {
     let spec = read_spec(spec_file)?;
     Cgroup::named(&spec.name)?.enter()?;
     // No signal of the terminal, and no file of whoever called `up`, reaches the machine.
-    drop(setsid());
+    setsid().ok();
     close_inherited();
     let netns = netns::path(&format!("{NETNS_PREFIX}{}", spec.name));
     let netns = File::open(&netns).with_context(|| format!("cannot open {}", netns.display()))?;
     setns(&netns, CloneFlags::CLONE_NEWNET).context("cannot enter the machine's network namespace")?;
-    let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWUTS | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWCGROUP;
+    let mut flags = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWCGROUP;
     if spec.clock_offset.is_some() {
         flags |= CloneFlags::from_bits_retain(CLONE_NEWTIME);
     }
     unshare(flags).context("cannot make the machine's namespaces")?;
     if let Some(offset) = spec.clock_offset {
-        fs::write("/proc/self/timens_offsets", format!("monotonic {offset} 0\nboottime {offset} 0\n")).context("cannot set the machine's clocks")?;
+        fs::write(
+            "/proc/self/timens_offsets",
+            format!("monotonic {offset} 0\nboottime {offset} 0\n"),
+        )
+        .context("cannot set the machine's clocks")?;
     }
     let mut child = Command::new(&spec.program)
         .args(["internal", "init"])
@@ -77,23 +85,34 @@ pub(super) fn spawn(spec_file: &Path) -> Result<()> {
         .with_context(|| format!("cannot start {}", spec.program.display()))?;
     let mut said = String::new();
     if let Some(stdout) = child.stdout.take() {
-        BufReader::new(stdout).read_line(&mut said).context("cannot hear from the machine's init")?;
+        BufReader::new(stdout)
+            .read_line(&mut said)
+            .context("cannot hear from the machine's init")?;
     }
     if said.trim() != READY {
-        drop(child.wait());
+        child.wait().ok();
         let log = fs::read_to_string(spec.logs().join("init.log")).unwrap_or_default();
-        bail!("the machine {} did not start: {}", spec.name, log.lines().last().unwrap_or("its init said nothing"));
+        bail!(
+            "the machine {} did not start: {}",
+            spec.name,
+            log.lines().last().unwrap_or("its init said nothing")
+        );
     }
     Ok(())
 }
 
 /// Closes what a careless parent left open; Rust marks its own files itself.
 fn close_inherited() {
-    let Ok(entries) = fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<i32> = entries.flatten().filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok())).collect();
+    let Ok(entries) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let open: Vec<i32> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()))
+        .collect();
     for descriptor in open.into_iter().filter(|descriptor| *descriptor > 2) {
         // The listing's own descriptor is gone by now: that one fails.
-        drop(nix::unistd::close(descriptor));
+        nix::unistd::close(descriptor).ok();
     }
 }
 
@@ -110,10 +129,14 @@ pub(super) fn run(spec_file: &Path) -> Result<()> {
     let spec = read_spec(spec_file)?;
     make_root(&spec)?;
     nix::unistd::sethostname(&spec.name).context("cannot set the host name")?;
-    drop(fs::remove_file(CONTROL_SOCKET));
+    fs::remove_file(CONTROL_SOCKET).ok();
     let listener = UnixListener::bind(CONTROL_SOCKET).context("cannot listen for orders")?;
     println!("{READY}");
-    let services: Vec<Arc<Running>> = spec.services.into_iter().map(|service| Arc::new(Running::new(service))).collect();
+    let services: Vec<Arc<Running>> = spec
+        .services
+        .into_iter()
+        .map(|service| Arc::new(Running::new(service)))
+        .collect();
     let mine = Arc::new(Mutex::new(HashSet::new()));
     for service in &services {
         let (service, mine) = (Arc::clone(service), Arc::clone(&mine));
@@ -126,17 +149,61 @@ pub(super) fn run(spec_file: &Path) -> Result<()> {
 // ---- mounts -----------------------------------------------------------------------------------------------------------------------------
 
 fn make_root(spec: &MachineSpec) -> Result<()> {
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).context("cannot make the mounts private")?;
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+        None::<&str>,
+    )
+    .context("cannot make the mounts private")?;
     let root = spec.root();
-    let options = format!("lowerdir={},upperdir={},workdir={}", spec.tree.display(), spec.upper().display(), spec.disk.join("work").display());
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        spec.tree.display(),
+        spec.upper().display(),
+        spec.disk.join("work").display()
+    );
     new_mount("overlay", &root, MsFlags::empty(), Some(&options))?;
-    new_mount("proc", &root.join("proc"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, None)?;
-    new_mount("sysfs", &root.join("sys"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, None)?;
-    new_mount("cgroup2", &root.join("sys/fs/cgroup"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, None)?;
+    new_mount(
+        "proc",
+        &root.join("proc"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        None,
+    )?;
+    new_mount(
+        "sysfs",
+        &root.join("sys"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        None,
+    )?;
+    new_mount(
+        "cgroup2",
+        &root.join("sys/fs/cgroup"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        None,
+    )?;
     // Where a real machine has it; absent on some kernels.
-    drop(mount(Some("bpf"), &root.join("sys/fs/bpf"), Some("bpf"), MsFlags::empty(), None::<&str>));
-    new_mount("tmpfs", &root.join("run"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=755"))?;
-    new_mount("tmpfs", &root.join("tmp"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777"))?;
+    mount(
+        Some("bpf"),
+        &root.join("sys/fs/bpf"),
+        Some("bpf"),
+        MsFlags::empty(),
+        None::<&str>,
+    )
+    .ok();
+    new_mount(
+        "tmpfs",
+        &root.join("run"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=755"),
+    )?;
+    new_mount(
+        "tmpfs",
+        &root.join("tmp"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=1777"),
+    )?;
     make_dev(&root.join("dev"))?;
     for bind in &spec.binds {
         bind_mount(bind, &root)?;
@@ -147,21 +214,31 @@ fn make_root(spec: &MachineSpec) -> Result<()> {
     std::env::set_current_dir("/").context("cannot enter the new root")?;
     umount2("/mnt", MntFlags::MNT_DETACH).context("cannot leave the old root")?;
     // Kubernetes wants mounts to propagate into its containers, as systemd sets it up.
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_SHARED, None::<&str>).context("cannot make the mounts shared")
+    mount(
+        None::<&str>,
+        "/",
+        None::<&str>,
+        MsFlags::MS_REC | MsFlags::MS_SHARED,
+        None::<&str>,
+    )
+    .context("cannot make the mounts shared")
 }
 
 fn new_mount(kind: &str, at: &Path, flags: MsFlags, options: Option<&str>) -> Result<()> {
     fs::create_dir_all(at).with_context(|| format!("cannot make the folder {}", at.display()))?;
-    mount(Some(kind), at, Some(kind), flags, options).with_context(|| format!("cannot mount {kind} on {}", at.display()))
+    mount(Some(kind), at, Some(kind), flags, options)
+        .with_context(|| format!("cannot mount {kind} on {}", at.display()))
 }
 
 fn bind_mount(bind: &Bind, root: &Path) -> Result<()> {
     let to = root.join(bind.to.strip_prefix("/").unwrap_or(&bind.to));
     fs::create_dir_all(&to).with_context(|| format!("cannot make the folder {}", to.display()))?;
-    mount(Some(&bind.from), &to, None::<&str>, MsFlags::MS_BIND, None::<&str>).with_context(|| format!("cannot bind {} to {}", bind.from.display(), to.display()))?;
+    mount(Some(&bind.from), &to, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+        .with_context(|| format!("cannot bind {} to {}", bind.from.display(), to.display()))?;
     if bind.read_only {
         let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-        mount(None::<&str>, &to, None::<&str>, flags, None::<&str>).with_context(|| format!("cannot make {} read-only", to.display()))?;
+        mount(None::<&str>, &to, None::<&str>, flags, None::<&str>)
+            .with_context(|| format!("cannot make {} read-only", to.display()))?;
     }
     Ok(())
 }
@@ -184,16 +261,45 @@ fn make_dev(dev: &Path) -> Result<()> {
     fs::create_dir_all(dev.join("net")).context("cannot make /dev/net")?;
     for (name, major, minor, mode) in nodes {
         let path = dev.join(name);
-        mknod(&path, SFlag::S_IFCHR, Mode::from_bits_truncate(mode), makedev(major, minor)).with_context(|| format!("cannot make the device {name}"))?;
+        mknod(
+            &path,
+            SFlag::S_IFCHR,
+            Mode::from_bits_truncate(mode),
+            makedev(major, minor),
+        )
+        .with_context(|| format!("cannot make the device {name}"))?;
         // mknod's mode passes through the umask.
-        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).with_context(|| format!("cannot open the device {name} to others"))?;
+        fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode))
+            .with_context(|| format!("cannot open the device {name} to others"))?;
     }
-    for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"), ("core", "/proc/kcore")] {
+    for (name, target) in [
+        ("fd", "/proc/self/fd"),
+        ("stdin", "/proc/self/fd/0"),
+        ("stdout", "/proc/self/fd/1"),
+        ("stderr", "/proc/self/fd/2"),
+        ("ptmx", "pts/ptmx"),
+        ("core", "/proc/kcore"),
+    ] {
         std::os::unix::fs::symlink(target, dev.join(name)).with_context(|| format!("cannot link /dev/{name}"))?;
     }
-    new_mount("devpts", &dev.join("pts"), MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("newinstance,ptmxmode=0666,mode=620"))?;
-    new_mount("tmpfs", &dev.join("shm"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=1777"))?;
-    new_mount("mqueue", &dev.join("mqueue"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC, None)
+    new_mount(
+        "devpts",
+        &dev.join("pts"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
+        Some("newinstance,ptmxmode=0666,mode=620"),
+    )?;
+    new_mount(
+        "tmpfs",
+        &dev.join("shm"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
+        Some("mode=1777"),
+    )?;
+    new_mount(
+        "mqueue",
+        &dev.join("mqueue"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        None,
+    )
 }
 
 /// What a machine would change for all others, or would have in common with them though real ones do not.
@@ -201,12 +307,20 @@ fn protect_host(root: &Path, spec: &MachineSpec) -> Result<()> {
     // kubelet tunes these, and they are the whole kernel's: it gets files of its own to write to. (It ends if they cannot be written.)
     let own = root.join("run/sysctl");
     fs::create_dir(&own).context("cannot make a folder for the machine's own settings")?;
-    for name in ["vm/overcommit_memory", "vm/panic_on_oom", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes"] {
+    for name in [
+        "vm/overcommit_memory",
+        "vm/panic_on_oom",
+        "kernel/panic",
+        "kernel/panic_on_oops",
+        "kernel/keys/root_maxkeys",
+        "kernel/keys/root_maxbytes",
+    ] {
         let path = root.join("proc/sys").join(name);
         if let Ok(value) = fs::read(&path) {
             let file = own.join(name.replace('/', "."));
             fs::write(&file, value).with_context(|| format!("cannot write {}", file.display()))?;
-            mount(Some(&file), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).with_context(|| format!("cannot protect {name}"))?;
+            mount(Some(&file), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
+                .with_context(|| format!("cannot protect {name}"))?;
         }
     }
     // A machine has a boot id of its own, another one after each boot.
@@ -234,7 +348,11 @@ struct Running {
 
 impl Running {
     fn new(service: Service) -> Self {
-        Self { service, wanted: AtomicBool::new(true), pid: AtomicU32::new(0) }
+        Self {
+            service,
+            wanted: AtomicBool::new(true),
+            pid: AtomicU32::new(0),
+        }
     }
 
     /// Keeps the service running, for ever.
@@ -251,7 +369,11 @@ impl Running {
                 Err(error) => format!("{} cannot run: {error:#}", self.service.name),
             };
             eprintln!("init: {line}");
-            pause = if began.elapsed() >= RAN_WELL { RESTART_MIN } else { (pause * 2).min(RESTART_MAX) };
+            pause = if began.elapsed() >= RAN_WELL {
+                RESTART_MIN
+            } else {
+                (pause * 2).min(RESTART_MAX)
+            };
             std::thread::sleep(pause);
         }
     }
@@ -273,10 +395,22 @@ impl Running {
     fn start(&self, argv: &[String], mine: &Mine, main: bool) -> Result<Child> {
         let (program, args) = argv.split_first().context("a service without a program")?;
         let log = format!("/var/log/{}.log", self.service.name);
-        let log = OpenOptions::new().create(true).append(true).open(&log).with_context(|| format!("cannot open {log}"))?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot open {log}"))?;
         let errors = log.try_clone().context("cannot share the log")?;
         let mut command = Command::new(program);
-        command.args(args).env_clear().env("PATH", PATH).env("HOME", "/root").stdin(Stdio::null()).stdout(log).stderr(errors).current_dir("/");
+        command
+            .args(args)
+            .env_clear()
+            .env("PATH", PATH)
+            .env("HOME", "/root")
+            .stdin(Stdio::null())
+            .stdout(log)
+            .stderr(errors)
+            .current_dir("/");
         // Its own group: a service that signals its group must not reach init.
         command.process_group(0);
         // Held while it starts: were it to end at once, the reaper would not know whose it is.
@@ -296,7 +430,8 @@ impl Running {
         while Instant::now() < deadline {
             match self.pid.load(Ordering::SeqCst) {
                 0 => break,
-                pid => drop(kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL)),
+                // Just ended: what is wanted.
+                pid => kill(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).unwrap_or(()),
             }
             std::thread::sleep(POLL);
         }
@@ -305,7 +440,9 @@ impl Running {
 
 fn wait(child: &mut Child, mine: &Mine) -> Result<std::process::ExitStatus> {
     let status = child.wait().context("cannot wait for a service");
-    mine.lock().unwrap_or_else(PoisonError::into_inner).remove(&child.id().cast_signed());
+    mine.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .remove(&child.id().cast_signed());
     status
 }
 
@@ -313,7 +450,9 @@ impl Condition {
     fn holds(&self) -> bool {
         match self {
             Self::Socket(path) => UnixStream::connect(path).is_ok(),
-            Self::Tcp(address) => address.parse().is_ok_and(|address| std::net::TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()),
+            Self::Tcp(address) => address
+                .parse()
+                .is_ok_and(|address| std::net::TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()),
         }
     }
 }
@@ -330,11 +469,14 @@ fn reap(mine: &Mine) -> Result<()> {
                 continue;
             }
         };
-        let known = mine.lock().unwrap_or_else(PoisonError::into_inner).contains(&ended.as_raw());
+        let known = mine
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .contains(&ended.as_raw());
         if known {
             std::thread::sleep(Duration::from_millis(2));
         } else {
-            drop(waitpid(ended, Some(WaitPidFlag::WNOHANG)));
+            waitpid(ended, Some(WaitPidFlag::WNOHANG)).ok();
         }
     }
 }
@@ -350,7 +492,7 @@ fn obey(listener: &UnixListener, services: &[Arc<Running>]) {
         }
         let answer = answer(order.trim(), services);
         let mut stream = stream;
-        drop(stream.write_all(answer.as_bytes()));
+        stream.write_all(answer.as_bytes()).ok();
     }
 }
 
@@ -369,7 +511,10 @@ fn answer(order: &str, services: &[Arc<Running>]) -> String {
         None => services
             .iter()
             .map(|running| {
-                let state = match (running.wanted.load(Ordering::SeqCst), running.pid.load(Ordering::SeqCst)) {
+                let state = match (
+                    running.wanted.load(Ordering::SeqCst),
+                    running.pid.load(Ordering::SeqCst),
+                ) {
                     (false, _) => "stopped",
                     (true, 0) => "starting",
                     (true, _) => "running",

@@ -21,7 +21,10 @@ pub(super) struct Machine {
 
 impl Machine {
     pub(super) fn named(name: &str) -> Result<Self> {
-        Ok(Self { name: name.to_owned(), cgroup: Cgroup::named(name)? })
+        Ok(Self {
+            name: name.to_owned(),
+            cgroup: Cgroup::named(name)?,
+        })
     }
 
     /// PID 1 of the machine, as the host counts.
@@ -40,13 +43,19 @@ impl Machine {
             fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         }
         for bind in &spec.binds {
-            fs::create_dir_all(&bind.from).with_context(|| format!("cannot make the folder {}", bind.from.display()))?;
+            fs::create_dir_all(&bind.from)
+                .with_context(|| format!("cannot make the folder {}", bind.from.display()))?;
         }
         let file = spec.disk.join("spec.json");
-        fs::write(&file, serde_json::to_vec_pretty(spec)?).with_context(|| format!("cannot write {}", file.display()))?;
+        fs::write(&file, serde_json::to_vec_pretty(spec)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
         self.cgroup.create()?;
         let log = spec.logs().join("init.log");
-        let log = fs::OpenOptions::new().create(true).append(true).open(&log).with_context(|| format!("cannot open {}", log.display()))?;
+        let log = fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| format!("cannot open {}", log.display()))?;
         let output = Command::new(&spec.program)
             .args(["internal", "spawn"])
             .arg(&file)
@@ -57,14 +66,23 @@ impl Machine {
             .with_context(|| format!("cannot start {}", spec.program.display()))?;
         if !output.success() {
             let log = fs::read_to_string(spec.logs().join("init.log")).unwrap_or_default();
-            bail!("the machine {} did not start: {}", self.name, log.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("no reason given"));
+            bail!(
+                "the machine {} did not start: {}",
+                self.name,
+                log.lines()
+                    .rev()
+                    .find(|line| !line.trim().is_empty())
+                    .unwrap_or("no reason given")
+            );
         }
         Ok(())
     }
 
     /// Power loss.
     pub(super) fn crash(&self) -> Result<()> {
-        self.cgroup.destroy().with_context(|| format!("cannot end the machine {}", self.name))
+        self.cgroup
+            .destroy()
+            .with_context(|| format!("cannot end the machine {}", self.name))
     }
 
     /// Gives init an order and returns its answer.
@@ -87,10 +105,13 @@ impl Machine {
 
 /// Whether `/proc/PID/status` is that of PID 1 in a namespace right below ours: a container's own PID 1 is one deeper.
 fn is_init(status: &str) -> bool {
-    status.lines().find_map(|line| line.strip_prefix("NSpid:")).is_some_and(|pids| {
-        let pids: Vec<&str> = pids.split_whitespace().collect();
-        pids.len() == 2 && pids[1] == "1"
-    })
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("NSpid:"))
+        .is_some_and(|pids| {
+            let pids: Vec<&str> = pids.split_whitespace().collect();
+            pids.len() == 2 && pids[1] == "1"
+        })
 }
 
 #[cfg(test)]

@@ -29,8 +29,14 @@ pub(crate) fn create(name: &str) -> Result<()> {
     File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     in_thread(|| {
         unshare(CloneFlags::CLONE_NEWNET).context("cannot make a network namespace")?;
-        mount(Some("/proc/thread-self/ns/net"), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)
-            .with_context(|| format!("cannot bind a network namespace to {}", path.display()))
+        mount(
+            Some("/proc/thread-self/ns/net"),
+            &path,
+            None::<&str>,
+            MsFlags::MS_BIND,
+            None::<&str>,
+        )
+        .with_context(|| format!("cannot bind a network namespace to {}", path.display()))
     })
 }
 
@@ -48,16 +54,21 @@ pub(crate) fn delete(name: &str) -> Result<()> {
 
 /// Names of all namespaces of ours.
 pub(crate) fn ours() -> Vec<String> {
-    let Ok(entries) = fs::read_dir(FOLDER) else { return Vec::new() };
-    let mut names: Vec<String> =
-        entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).filter(|name| name.starts_with(NETNS_PREFIX)).collect();
+    let Ok(entries) = fs::read_dir(FOLDER) else {
+        return Vec::new();
+    };
+    let mut names: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| entry.file_name().into_string().ok())
+        .filter(|name| name.starts_with(NETNS_PREFIX))
+        .collect();
     names.sort();
     names
 }
 
 /// Removes the folder if nobody has a namespace there.
 pub(crate) fn tidy() {
-    drop(fs::remove_dir(FOLDER));
+    fs::remove_dir(FOLDER).ok();
 }
 
 /// Runs `work` in the namespace; child processes started there are in it as well.
@@ -65,7 +76,8 @@ pub(crate) fn tidy() {
 /// # Errors
 /// If there is no such namespace, or what `work` returns.
 pub(crate) fn within<T: Send>(name: &str, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    let file = File::open(path(name)).with_context(|| format!("there is no network namespace {name}: is the cluster up?"))?;
+    let file =
+        File::open(path(name)).with_context(|| format!("there is no network namespace {name}: is the cluster up?"))?;
     in_thread(|| {
         setns(&file, CloneFlags::CLONE_NEWNET).with_context(|| format!("cannot enter the network namespace {name}"))?;
         work()
@@ -82,10 +94,16 @@ pub(crate) fn within_scratch<T: Send>(work: impl FnOnce() -> Result<T> + Send) -
 
 /// A thread of its own: only it changes its namespace, and it ends afterwards.
 fn in_thread<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| scope.spawn(work).join()).map_err(|_| anyhow!("a thread in another network namespace panicked"))?
+    std::thread::scope(|scope| scope.spawn(work).join())
+        .map_err(|_| anyhow!("a thread in another network namespace panicked"))?
 }
 
 fn mounted() -> Vec<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-    mounts.lines().filter_map(|line| line.split(' ').nth(1)).filter(|at| at.starts_with(FOLDER)).map(PathBuf::from).collect()
+    mounts
+        .lines()
+        .filter_map(|line| line.split(' ').nth(1))
+        .filter(|at| at.starts_with(FOLDER))
+        .map(PathBuf::from)
+        .collect()
 }

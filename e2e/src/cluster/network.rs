@@ -17,11 +17,16 @@ const CUTS: &str = "bridge peregrine_cuts";
 /// Makes the switch.
 pub(super) fn create_switch(parts: &Parts) -> Result<()> {
     netns::create(SWITCH)?;
-    ip(parts, SWITCH, "link set lo up\nlink add name br0 type bridge\nlink set br0 up\n")?;
+    ip(
+        parts,
+        SWITCH,
+        "link set lo up\nlink add name br0 type bridge\nlink set br0 up\n",
+    )?;
     // The switch is a switch: its frames are no business of its IP layer.
     netns::within(SWITCH, || {
         for name in ["iptables", "ip6tables", "arptables"] {
-            drop(std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{name}"), "0"));
+            // Absent where bridges cannot call the IP layer at all.
+            std::fs::write(format!("/proc/sys/net/bridge/bridge-nf-call-{name}"), "0").ok();
         }
         Ok(())
     })
@@ -35,7 +40,8 @@ pub(super) fn plug(parts: &Parts, member: Member) -> Result<()> {
     ip(parts, SWITCH, &switch_side(member))?;
     netns::within(&netns, || {
         for (name, value) in sysctls(member) {
-            std::fs::write(format!("/proc/sys/net/{name}"), value).with_context(|| format!("cannot set net/{name} in {netns}"))?;
+            std::fs::write(format!("/proc/sys/net/{name}"), value)
+                .with_context(|| format!("cannot set net/{name} in {netns}"))?;
         }
         Ok(())
     })?;
@@ -52,18 +58,29 @@ pub(super) fn unplug(parts: &Parts, member: Member) -> Result<()> {
 }
 
 fn has_link(name: &str) -> bool {
-    netns::within(SWITCH, || Ok(std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default()))
-        .is_ok_and(|devices| devices.lines().any(|line| line.trim_start().split(':').next() == Some(name)))
+    netns::within(SWITCH, || {
+        Ok(std::fs::read_to_string("/proc/thread-self/net/dev").unwrap_or_default())
+    })
+    .is_ok_and(|devices| {
+        devices
+            .lines()
+            .any(|line| line.trim_start().split(':').next() == Some(name))
+    })
 }
 
 fn switch_side(member: Member) -> String {
     let (port, netns, mac) = (member.port(), member.netns(), member.mac());
-    format!("link add name {port} type veth peer name eth0 address {mac} netns {netns}\nlink set {port} master br0 up\n")
+    format!(
+        "link add name {port} type veth peer name eth0 address {mac} netns {netns}\nlink set {port} master br0 up\n"
+    )
 }
 
 /// Addresses and routes. Routes to the pods of all nodes there can ever be: a node that joins later changes nobody else.
 fn member_side(member: Member) -> String {
-    let mut batch = format!("link set lo up\naddr add {}/24 dev eth0\nlink set eth0 up\n", member.address());
+    let mut batch = format!(
+        "link set lo up\naddr add {}/24 dev eth0\nlink set eth0 up\n",
+        member.address()
+    );
     for node in (1..=MAX_NODES).map(Member::Node).filter(|node| *node != member) {
         if let Some(network) = node.pod_network() {
             batch.push_str(&format!("route add {network} via {}\n", node.address()));
@@ -111,17 +128,33 @@ fn cut_rules(one: Member, other: Member, cut: bool) -> String {
          add rule {CUTS} forward ether saddr . ether daddr @pairs drop\n\
          {add}{}",
         // Adding before deleting makes the deletion of an absent element no error.
-        if cut { String::new() } else { format!("delete element {CUTS} pairs {pairs}\n") }
+        if cut {
+            String::new()
+        } else {
+            format!("delete element {CUTS} pairs {pairs}\n")
+        }
     )
 }
 
 /// Whether a machine can have such a network at all: tried in a namespace that goes away with the try.
 pub(super) fn probe(parts: &Parts) -> Result<()> {
     let tries = [
-        ("virtual Ethernet pairs (veth)", Program::Ip, "link add name pg0 type veth peer name pg1\n"),
+        (
+            "virtual Ethernet pairs (veth)",
+            Program::Ip,
+            "link add name pg0 type veth peer name pg1\n",
+        ),
         ("bridges", Program::Ip, "link add name pg2 type bridge\n"),
-        ("nftables for IPv4 with NAT", Program::Nft, "add table ip t\nadd chain ip t c { type nat hook prerouting priority 0; }\n"),
-        ("nftables for bridges", Program::Nft, "add table bridge t\nadd chain bridge t c { type filter hook forward priority 0; }\n"),
+        (
+            "nftables for IPv4 with NAT",
+            Program::Nft,
+            "add table ip t\nadd chain ip t c { type nat hook prerouting priority 0; }\n",
+        ),
+        (
+            "nftables for bridges",
+            Program::Nft,
+            "add table bridge t\nadd chain bridge t c { type filter hook forward priority 0; }\n",
+        ),
     ];
     netns::within_scratch(|| {
         for (what, program, batch) in tries {
@@ -138,7 +171,8 @@ enum Program {
 }
 
 fn ip(parts: &Parts, netns: &str, batch: &str) -> Result<()> {
-    netns::within(netns, || run(parts, Program::Ip, batch)).with_context(|| format!("cannot set up the network namespace {netns}"))
+    netns::within(netns, || run(parts, Program::Ip, batch))
+        .with_context(|| format!("cannot set up the network namespace {netns}"))
 }
 
 fn nft(parts: &Parts, batch: &str) -> Result<()> {
@@ -159,12 +193,19 @@ fn run(parts: &Parts, program: Program, batch: &str) -> Result<()> {
             command
         }
     };
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().context("cannot start a program of the Debian tree")?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start a program of the Debian tree")?;
     if let Some(mut stdin) = child.stdin.take() {
         // A program that has already failed reads no more: its status says so.
-        drop(stdin.write_all(batch.as_bytes()));
+        stdin.write_all(batch.as_bytes()).ok();
     }
-    let output = child.wait_with_output().context("cannot wait for a program of the Debian tree")?;
+    let output = child
+        .wait_with_output()
+        .context("cannot wait for a program of the Debian tree")?;
     if !output.status.success() {
         bail!("{}", String::from_utf8_lossy(&output.stderr).trim());
     }
@@ -179,14 +220,20 @@ mod tests {
     fn a_node_reaches_all_other_pods_and_not_its_own_by_a_route() {
         let batch = member_side(Member::Node(2));
         assert!(batch.contains("addr add 10.99.0.12/24 dev eth0"));
-        assert!(batch.contains("route add 10.200.1.0/24 via 10.99.0.11\n") && batch.contains("route add 10.200.26.0/24 via 10.99.0.36\n"));
+        assert!(
+            batch.contains("route add 10.200.1.0/24 via 10.99.0.11\n")
+                && batch.contains("route add 10.200.26.0/24 via 10.99.0.36\n")
+        );
         assert!(!batch.contains("10.200.2.0/24"));
         assert!(member_side(Member::Outside).contains("10.200.2.0/24 via 10.99.0.12"));
     }
 
     #[test]
     fn a_cut_works_both_ways_and_heals_by_the_same_pairs() {
-        let (cut, heal) = (cut_rules(Member::Node(1), Member::ControlPlane, true), cut_rules(Member::Node(1), Member::ControlPlane, false));
+        let (cut, heal) = (
+            cut_rules(Member::Node(1), Member::ControlPlane, true),
+            cut_rules(Member::Node(1), Member::ControlPlane, false),
+        );
         let pairs = "{ 02:50:47:00:00:0b . 02:50:47:00:00:02, 02:50:47:00:00:02 . 02:50:47:00:00:0b }";
         assert!(cut.contains(&format!("add element bridge peregrine_cuts pairs {pairs}")) && !cut.contains("delete"));
         assert!(heal.ends_with(&format!("delete element bridge peregrine_cuts pairs {pairs}\n")));

@@ -28,12 +28,29 @@ pub(super) fn disks() -> Vec<(&'static str, PathBuf)> {
 
 /// All services of a node.
 pub(super) fn services(node: Member) -> Vec<Service> {
-    let import: Vec<String> = ["/usr/bin/ctr", "-n", "k8s.io", "images", "import", &format!("{IMAGES}/pause.tar")].map(str::to_owned).into();
+    let import: Vec<String> = [
+        "/usr/bin/ctr",
+        "-n",
+        "k8s.io",
+        "images",
+        "import",
+        &format!("{IMAGES}/pause.tar"),
+    ]
+    .map(str::to_owned)
+    .into();
     vec![
-        Service { name: "containerd".to_owned(), after: Vec::new(), before: Vec::new(), argv: vec!["/usr/bin/containerd".to_owned()] },
+        Service {
+            name: "containerd".to_owned(),
+            after: Vec::new(),
+            before: Vec::new(),
+            argv: vec!["/usr/bin/containerd".to_owned()],
+        },
         Service {
             name: "kubelet".to_owned(),
-            after: vec![Condition::Socket(SOCKET.into()), Condition::Tcp(control_plane::api_address().to_string())],
+            after: vec![
+                Condition::Socket(SOCKET.into()),
+                Condition::Tcp(control_plane::api_address().to_string()),
+            ],
             before: vec![import],
             argv: kubelet(node),
         },
@@ -150,7 +167,10 @@ mod tests {
         let config: toml::Table = containerd_config().parse().unwrap();
         assert_eq!(config["imports"][0].as_str(), Some("/etc/containerd/conf.d/*.toml"));
         let runtime = &config["plugins"]["io.containerd.cri.v1.runtime"]["containerd"];
-        assert_eq!(runtime["runtimes"]["runc"]["options"]["BinaryName"].as_str(), Some(NODE_RUNC));
+        assert_eq!(
+            runtime["runtimes"]["runc"]["options"]["BinaryName"].as_str(),
+            Some(NODE_RUNC)
+        );
         assert_eq!(runtime["default_runtime_name"].as_str(), Some("runc"));
     }
 
@@ -164,7 +184,12 @@ mod tests {
     #[test]
     fn what_must_outlast_a_reboot_is_on_disk() {
         let places: Vec<PathBuf> = disks().into_iter().map(|(_, place)| place).collect();
-        for place in ["/var/lib/containerd", "/var/lib/kubelet", "/var/lib/peregrine", "/var/log"] {
+        for place in [
+            "/var/lib/containerd",
+            "/var/lib/kubelet",
+            "/var/lib/peregrine",
+            "/var/log",
+        ] {
             assert!(places.contains(&PathBuf::from(place)), "{place}");
         }
     }

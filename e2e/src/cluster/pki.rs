@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use base64::Engine as _;
-use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, SanType,
+};
 use serde_json::json;
 
 use super::topology::{API_SERVICE, Member};
@@ -33,7 +36,14 @@ struct Subject<'a> {
 
 impl<'a> Subject<'a> {
     fn user(file: &'a str, common_name: &'a str, organisation: Option<&'a str>) -> Self {
-        Self { file, common_name, organisation, names: &[], addresses: &[], server: false }
+        Self {
+            file,
+            common_name,
+            organisation,
+            names: &[],
+            addresses: &[],
+            server: false,
+        }
     }
 }
 
@@ -60,13 +70,23 @@ impl Pki {
             file: "apiserver",
             common_name: "kube-apiserver",
             organisation: None,
-            names: &["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"],
+            names: &[
+                "kubernetes",
+                "kubernetes.default",
+                "kubernetes.default.svc",
+                "kubernetes.default.svc.cluster.local",
+                "localhost",
+            ],
             addresses: &[API_SERVICE, Member::ControlPlane.address(), Ipv4Addr::LOCALHOST],
             server: true,
         };
         self.issue("ca", &api)?;
         for user in [
-            Subject::user("apiserver-kubelet-client", "kube-apiserver-kubelet-client", Some("system:masters")),
+            Subject::user(
+                "apiserver-kubelet-client",
+                "kube-apiserver-kubelet-client",
+                Some("system:masters"),
+            ),
             Subject::user("admin", "kubernetes-admin", Some("system:masters")),
             Subject::user("controller-manager", "system:kube-controller-manager", None),
             Subject::user("scheduler", "system:kube-scheduler", None),
@@ -74,7 +94,10 @@ impl Pki {
         ] {
             self.issue("ca", &user)?;
         }
-        self.issue("front-proxy-ca", &Subject::user("front-proxy-client", "front-proxy-client", None))
+        self.issue(
+            "front-proxy-ca",
+            &Subject::user("front-proxy-client", "front-proxy-client", None),
+        )
     }
 
     /// Makes a node's two certificates: the user it is for the API server, and the server it is for it.
@@ -83,7 +106,14 @@ impl Pki {
         let user = format!("system:node:{name}");
         self.issue("ca", &Subject::user(&name, &user, Some("system:nodes")))?;
         let (file, names, addresses) = (format!("{name}-serving"), [name.as_str()], [node.address()]);
-        let server = Subject { file: &file, common_name: &user, organisation: Some("system:nodes"), names: &names, addresses: &addresses, server: true };
+        let server = Subject {
+            file: &file,
+            common_name: &user,
+            organisation: Some("system:nodes"),
+            names: &names,
+            addresses: &addresses,
+            server: true,
+        };
         self.issue("ca", &server)
     }
 
@@ -91,7 +121,8 @@ impl Pki {
     pub(super) fn kubeconfig(&self, user: &str, server: &str) -> Result<String> {
         let data = |file: String| -> Result<String> {
             let path = self.file(&file);
-            Ok(base64::engine::general_purpose::STANDARD.encode(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?))
+            Ok(base64::engine::general_purpose::STANDARD
+                .encode(fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?))
         };
         // JSON is YAML.
         Ok(serde_json::to_string_pretty(&json!({
@@ -107,9 +138,15 @@ impl Pki {
     fn create_authority(&self, name: &str) -> Result<()> {
         let mut params = params(&format!("peregrine-e2e-{name}"), None);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign, KeyUsagePurpose::DigitalSignature];
+        params.key_usages = vec![
+            KeyUsagePurpose::KeyCertSign,
+            KeyUsagePurpose::CrlSign,
+            KeyUsagePurpose::DigitalSignature,
+        ];
         let key = KeyPair::generate().context("cannot make a key")?;
-        let certificate = params.self_signed(&key).with_context(|| format!("cannot make the authority {name}"))?;
+        let certificate = params
+            .self_signed(&key)
+            .with_context(|| format!("cannot make the authority {name}"))?;
         self.write(&format!("{name}.crt"), &certificate.pem())?;
         self.write(&format!("{name}.key"), &key.serialize_pem())
     }
@@ -119,18 +156,35 @@ impl Pki {
             let path = self.file(&file);
             fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
         };
-        let authority_key = KeyPair::from_pem(&read(format!("{authority}.key"))?).with_context(|| format!("cannot read the key of {authority}"))?;
-        let issuer = Issuer::from_ca_cert_pem(&read(format!("{authority}.crt"))?, authority_key).with_context(|| format!("cannot read the authority {authority}"))?;
+        let authority_key = KeyPair::from_pem(&read(format!("{authority}.key"))?)
+            .with_context(|| format!("cannot read the key of {authority}"))?;
+        let issuer = Issuer::from_ca_cert_pem(&read(format!("{authority}.crt"))?, authority_key)
+            .with_context(|| format!("cannot read the authority {authority}"))?;
         let mut params = params(subject.common_name, subject.organisation);
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-        params.extended_key_usages = vec![if subject.server { ExtendedKeyUsagePurpose::ServerAuth } else { ExtendedKeyUsagePurpose::ClientAuth }];
+        params.extended_key_usages = vec![if subject.server {
+            ExtendedKeyUsagePurpose::ServerAuth
+        } else {
+            ExtendedKeyUsagePurpose::ClientAuth
+        }];
         params.use_authority_key_identifier_extension = true;
         for name in subject.names {
-            params.subject_alt_names.push(SanType::DnsName((*name).try_into().with_context(|| format!("cannot use the name {name}"))?));
+            params.subject_alt_names.push(SanType::DnsName(
+                (*name)
+                    .try_into()
+                    .with_context(|| format!("cannot use the name {name}"))?,
+            ));
         }
-        params.subject_alt_names.extend(subject.addresses.iter().map(|address| SanType::IpAddress(IpAddr::V4(*address))));
+        params.subject_alt_names.extend(
+            subject
+                .addresses
+                .iter()
+                .map(|address| SanType::IpAddress(IpAddr::V4(*address))),
+        );
         let key = KeyPair::generate().context("cannot make a key")?;
-        let certificate = params.signed_by(&key, &issuer).with_context(|| format!("cannot sign the certificate {}", subject.file))?;
+        let certificate = params
+            .signed_by(&key, &issuer)
+            .with_context(|| format!("cannot sign the certificate {}", subject.file))?;
         self.write(&format!("{}.crt", subject.file), &certificate.pem())?;
         self.write(&format!("{}.key", subject.file), &key.serialize_pem())
     }
@@ -142,8 +196,15 @@ impl Pki {
 
 /// Writes a file that only root may read.
 pub(super) fn write_private(path: &Path, text: &str) -> Result<()> {
-    let mut file = fs::OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path).with_context(|| format!("cannot create {}", path.display()))?;
-    file.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", path.display()))
+    let mut file = fs::OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| format!("cannot create {}", path.display()))?;
+    file.write_all(text.as_bytes())
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 fn params(common_name: &str, organisation: Option<&str>) -> CertificateParams {
@@ -183,10 +244,20 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let pki = temporary("admin");
         pki.create().unwrap();
-        assert_eq!(fs::metadata(pki.file("ca.key")).unwrap().permissions().mode() & 0o777, 0o600);
-        let kubeconfig: serde_json::Value = serde_json::from_str(&pki.kubeconfig("admin", "https://127.0.0.1:6443").unwrap()).unwrap();
+        assert_eq!(
+            fs::metadata(pki.file("ca.key")).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        let kubeconfig: serde_json::Value =
+            serde_json::from_str(&pki.kubeconfig("admin", "https://127.0.0.1:6443").unwrap()).unwrap();
         assert_eq!(kubeconfig["clusters"][0]["cluster"]["server"], "https://127.0.0.1:6443");
-        assert!(kubeconfig["users"][0]["user"]["client-key-data"].as_str().unwrap().len() > 100);
+        assert!(
+            kubeconfig["users"][0]["user"]["client-key-data"]
+                .as_str()
+                .unwrap()
+                .len()
+                > 100
+        );
         fs::remove_dir_all(&pki.dir).unwrap();
     }
 }

@@ -19,7 +19,10 @@ const CONNECT: Duration = Duration::from_secs(10);
 /// # Errors
 /// If this process is not root's.
 pub(super) fn root() -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "the cluster needs root (it makes namespaces, mounts and cgroups): run it as root, for example with sudo -E");
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "the cluster needs root (it makes namespaces, mounts and cgroups): run it as root, for example with sudo -E"
+    );
     Ok(())
 }
 
@@ -28,16 +31,33 @@ pub(super) fn root() -> Result<()> {
 /// # Errors
 /// The first thing that is missing, with its remedy.
 pub(super) fn check(home: &Path) -> Result<()> {
-    ensure!(cfg!(target_os = "linux"), "the cluster runs on Linux only: use a Linux machine");
+    ensure!(
+        cfg!(target_os = "linux"),
+        "the cluster runs on Linux only: use a Linux machine"
+    );
     root()?;
-    let release = nix::sys::utsname::uname().context("cannot ask for the kernel's version")?.release().to_string_lossy().into_owned();
+    let release = nix::sys::utsname::uname()
+        .context("cannot ask for the kernel's version")?
+        .release()
+        .to_string_lossy()
+        .into_owned();
     kernel(&release)?;
     let filesystems = fs::read_to_string("/proc/filesystems").context("cannot read /proc/filesystems")?;
     for (name, what) in [("overlay", "overlayfs"), ("cgroup2", "cgroup v2")] {
-        ensure!(has_filesystem(&filesystems, name) || load_module(name), "this kernel lacks {what}: boot a kernel that has it");
+        ensure!(
+            has_filesystem(&filesystems, name) || load_module(name),
+            "this kernel lacks {what}: boot a kernel that has it"
+        );
     }
-    for (namespace, what) in [("time", "time namespaces"), ("cgroup", "cgroup namespaces"), ("net", "network namespaces")] {
-        ensure!(Path::new("/proc/self/ns").join(namespace).exists(), "this kernel lacks {what}: boot a kernel that has them");
+    for (namespace, what) in [
+        ("time", "time namespaces"),
+        ("cgroup", "cgroup namespaces"),
+        ("net", "network namespaces"),
+    ] {
+        ensure!(
+            Path::new("/proc/self/ns").join(namespace).exists(),
+            "this kernel lacks {what}: boot a kernel that has them"
+        );
     }
     upper_layer(home)?;
     let missing = Parts::expected(home)?.missing();
@@ -48,9 +68,16 @@ pub(super) fn check(home: &Path) -> Result<()> {
 }
 
 fn kernel(release: &str) -> Result<()> {
-    let mut numbers = release.split(|char: char| !char.is_ascii_digit()).map_while(|part| part.parse::<u32>().ok());
+    let mut numbers = release
+        .split(|char: char| !char.is_ascii_digit())
+        .map_while(|part| part.parse::<u32>().ok());
     let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    ensure!(version >= KERNEL, "this kernel is {release}, and the cluster needs {}.{} or newer: boot a newer kernel", KERNEL.0, KERNEL.1);
+    ensure!(
+        version >= KERNEL,
+        "this kernel is {release}, and the cluster needs {}.{} or newer: boot a newer kernel",
+        KERNEL.0,
+        KERNEL.1
+    );
     Ok(())
 }
 
@@ -59,16 +86,26 @@ fn has_filesystem(list: &str, name: &str) -> bool {
 }
 
 fn load_module(name: &str) -> bool {
-    std::process::Command::new("modprobe").arg(name).status().is_ok_and(|status| status.success())
+    std::process::Command::new("modprobe")
+        .arg(name)
+        .status()
+        .is_ok_and(|status| status.success())
 }
 
 /// The nodes' disks are upper layers of overlays: that needs a file system which is none itself, and has room.
 fn upper_layer(home: &Path) -> Result<()> {
-    let existing = home.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
-    let stat = nix::sys::statfs::statfs(existing).with_context(|| format!("cannot ask for the file system of {}", existing.display()))?;
+    let existing = home
+        .ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"));
+    let stat = nix::sys::statfs::statfs(existing)
+        .with_context(|| format!("cannot ask for the file system of {}", existing.display()))?;
     let kind = stat.filesystem_type();
     if kind == nix::sys::statfs::OVERLAYFS_SUPER_MAGIC || kind == nix::sys::statfs::NFS_SUPER_MAGIC {
-        bail!("{} is on an overlay or network file system, which cannot hold the nodes' disks: set PEREGRINE_HOME to a folder on a local disk", existing.display());
+        bail!(
+            "{} is on an overlay or network file system, which cannot hold the nodes' disks: set PEREGRINE_HOME to a folder on a local disk",
+            existing.display()
+        );
     }
     Ok(())
 }
@@ -76,7 +113,10 @@ fn upper_layer(home: &Path) -> Result<()> {
 /// Whether the places that parts come from can be reached.
 fn network(missing: &[&str]) -> Result<()> {
     // Behind a proxy only the tools themselves can tell.
-    if ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "GOPROXY"].iter().any(|name| std::env::var_os(name).is_some()) {
+    if ["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "GOPROXY"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some())
+    {
         return Ok(());
     }
     let versions = Versions::load()?;
@@ -102,7 +142,14 @@ mod tests {
 
     #[test]
     fn kernels_are_compared_by_number() {
-        for (release, fit) in [("6.18.44-fc-v595", true), ("5.14.0-503.el9", true), ("5.10.0-30-amd64", false), ("4.19.0", false), ("10.0", true), ("junk", false)] {
+        for (release, fit) in [
+            ("6.18.44-fc-v595", true),
+            ("5.14.0-503.el9", true),
+            ("5.10.0-30-amd64", false),
+            ("4.19.0", false),
+            ("10.0", true),
+            ("junk", false),
+        ] {
             assert_eq!(kernel(release).is_ok(), fit, "{release}");
         }
         assert!(kernel("5.4.0-1").unwrap_err().to_string().contains("5.14 or newer"));

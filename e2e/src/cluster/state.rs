@@ -40,7 +40,9 @@ pub(super) fn lock(home: &Path) -> Result<Flock<File>> {
         Ok(lock) => Ok(lock),
         Err((file, _)) => {
             progress::say("waiting for another `cluster up` or `cluster down`");
-            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("cannot lock {}", path.display()))
+            Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, error)| error)
+                .with_context(|| format!("cannot lock {}", path.display()))
         }
     }
 }
@@ -59,9 +61,16 @@ impl State {
     /// A new cluster without nodes: its folder, certificates, admin's kubeconfig and sandbox image.
     pub(super) fn create(home: &Path, parts: &Parts) -> Result<Self> {
         let folder = folder(home);
-        fs::create_dir_all(folder.join("images")).with_context(|| format!("cannot make the folder {}", folder.display()))?;
-        let state =
-            Self { nodes: 0, port: forward::free_port()?, complete: false, tree: parts.tree.clone(), kube: parts.kube.clone(), helm: parts.helm.clone() };
+        fs::create_dir_all(folder.join("images"))
+            .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+        let state = Self {
+            nodes: 0,
+            port: forward::free_port()?,
+            complete: false,
+            tree: parts.tree.clone(),
+            kube: parts.kube.clone(),
+            helm: parts.helm.clone(),
+        };
         state.save(home)?;
         let pki = Pki::new(folder.join("pki"));
         pki.create()?;
@@ -73,7 +82,11 @@ impl State {
 
     /// What the cluster is made from.
     pub(super) fn parts(&self) -> Parts {
-        Parts { tree: self.tree.clone(), kube: self.kube.clone(), helm: self.helm.clone() }
+        Parts {
+            tree: self.tree.clone(),
+            kube: self.kube.clone(),
+            helm: self.helm.clone(),
+        }
     }
 
     /// Writes the state, whole or not at all.
@@ -89,7 +102,9 @@ impl State {
 pub(super) fn remove(home: &Path) -> Result<()> {
     let folder = folder(home);
     match fs::remove_dir_all(&folder) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| format!("cannot remove {}", folder.display())),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", folder.display()))
+        }
         _ => Ok(()),
     }
 }

@@ -43,7 +43,10 @@ impl Member {
     /// # Errors
     /// If there is no such number.
     pub fn node(index: u8) -> Result<Self> {
-        ensure!((1..=MAX_NODES).contains(&index), "a cluster has between 1 and {MAX_NODES} nodes");
+        ensure!(
+            (1..=MAX_NODES).contains(&index),
+            "a cluster has between 1 and {MAX_NODES} nodes"
+        );
         Ok(Self::Node(index))
     }
 
@@ -53,7 +56,9 @@ impl Member {
             CONTROL_PLANE => Some(Self::ControlPlane),
             OUTSIDE => Some(Self::Outside),
             _ => {
-                let [letter @ b'a'..=b'z'] = name.strip_prefix("node-")?.as_bytes() else { return None };
+                let [letter @ b'a'..=b'z'] = name.strip_prefix("node-")?.as_bytes() else {
+                    return None;
+                };
                 Some(Self::Node(letter - b'a' + 1))
             }
         }
@@ -119,7 +124,9 @@ mod tests {
 
     #[test]
     fn names_and_members_are_one_to_one() {
-        let members = (1..=MAX_NODES).map(Member::Node).chain([Member::ControlPlane, Member::Outside]);
+        let members = (1..=MAX_NODES)
+            .map(Member::Node)
+            .chain([Member::ControlPlane, Member::Outside]);
         let mut addresses = std::collections::BTreeSet::new();
         for member in members {
             assert_eq!(Member::parse(&member.name()), Some(member));

@@ -28,10 +28,13 @@ pub enum Verb {
     Kubectl(Argv),
     /// Run helm with the cluster's kubeconfig
     Helm(Argv),
+    /// Print the path of that helm, which is built if it is missing; needs no cluster
+    HelmPath,
     /// Run a command in a node, in the control plane's network (cp) or outside the cluster (out)
     Exec {
         /// node-a, node-b, …, cp or out
         node: String,
+        /// The command
         #[command(flatten)]
         argv: Argv,
     },
@@ -118,9 +121,17 @@ pub fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Up { nodes } => drop(Cluster::up(&Options { nodes })?),
         Verb::Down => Cluster::down()?,
         Verb::Status => return status(),
-        Verb::Kubectl(Argv { argv }) => return Err(Cluster::running()?.kubectl().args(argv).exec()).context("cannot run kubectl"),
-        Verb::Helm(Argv { argv }) => return Err(Cluster::running()?.helm().args(argv).exec()).context("cannot run helm"),
-        Verb::Exec { node, argv: Argv { argv } } => {
+        Verb::Kubectl(Argv { argv }) => {
+            return Err(Cluster::running()?.kubectl().args(argv).exec()).context("cannot run kubectl");
+        }
+        Verb::Helm(Argv { argv }) => {
+            return Err(Cluster::running()?.helm().args(argv).exec()).context("cannot run helm");
+        }
+        Verb::HelmPath => say(&format!("{}\n", parts::Parts::ensure_helm(&parts::home()?)?.display()))?,
+        Verb::Exec {
+            node,
+            argv: Argv { argv },
+        } => {
             let member = Cluster::running()?.member(&node)?;
             return enter::run(member, &argv);
         }
@@ -163,17 +174,26 @@ fn status() -> Result<ExitCode> {
         let services = match machine.init() {
             Some(init) => {
                 let list = machine.order("list").unwrap_or_else(|error| format!("{error:#}\n"));
-                let (running, other): (Vec<&str>, Vec<&str>) = list.lines().partition(|line| line.ends_with(" running"));
+                let (running, other): (Vec<&str>, Vec<&str>) =
+                    list.lines().partition(|line| line.ends_with(" running"));
                 all &= other.is_empty();
                 let running: Vec<&str> = running.iter().filter_map(|line| line.split(' ').next()).collect();
-                format!("up, pid {init}: {}{}", running.join(" "), other.iter().map(|line| format!("; {line}")).collect::<String>())
+                format!(
+                    "up, pid {init}: {}{}",
+                    running.join(" "),
+                    other.iter().map(|line| format!("; {line}")).collect::<String>()
+                )
             }
             None => {
                 all = false;
                 "off".to_owned()
             }
         };
-        text.push_str(&format!("{:<8} {:<12} {services}\n", member.name(), member.address().to_string()));
+        text.push_str(&format!(
+            "{:<8} {:<12} {services}\n",
+            member.name(),
+            member.address().to_string()
+        ));
     }
     text.push_str(&format!("kubeconfig {}\n", cluster.kubeconfig_path().display()));
     say(&text)?;
@@ -196,10 +216,16 @@ fn logs(component: &str, node: Option<&str>) -> Result<()> {
         Some(name) => vec![cluster.member(name)?],
         None => std::iter::once(Member::ControlPlane).chain(cluster.nodes()).collect(),
     };
-    let found: Vec<(Member, PathBuf)> =
-        members.into_iter().map(|member| (member, cluster.log_folder(member).join(format!("{component}.log")))).filter(|(_, path)| path.is_file()).collect();
+    let found: Vec<(Member, PathBuf)> = members
+        .into_iter()
+        .map(|member| (member, cluster.log_folder(member).join(format!("{component}.log"))))
+        .filter(|(_, path)| path.is_file())
+        .collect();
     if found.is_empty() || component.contains('/') {
-        bail!("there is no log of {component}{}: see `cluster logs --help` for the names", node.map(|node| format!(" on {node}")).unwrap_or_default());
+        bail!(
+            "there is no log of {component}{}: see `cluster logs --help` for the names",
+            node.map(|node| format!(" on {node}")).unwrap_or_default()
+        );
     }
     let many = found.len() > 1;
     for (member, path) in found {
@@ -214,7 +240,9 @@ fn logs(component: &str, node: Option<&str>) -> Result<()> {
 fn print(path: &std::path::Path) -> Result<()> {
     let mut file = std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     match io::copy(&mut file, &mut io::stdout().lock()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error).with_context(|| format!("cannot print {}", path.display())),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(error).with_context(|| format!("cannot print {}", path.display()))
+        }
         _ => Ok(()),
     }
 }
@@ -237,6 +265,7 @@ pub fn internal(argv: &[String]) -> Result<ExitCode> {
         ["spawn", spec] => init::spawn(spec.as_ref())?,
         ["init", spec] => init::run(spec.as_ref())?,
         ["forward", port] => forward::run(port.parse().context("a port is a number")?)?,
+        ["workshop", "--", ..] => return parts::workshop::become_command(&argv[2..]),
         ["exec", "--", ..] => return Ok(enter::exec(&argv[2..])),
         _ => bail!("this program calls itself with other words than {}", words.join(" ")),
     }

@@ -15,7 +15,10 @@ pub(super) struct Cache {
 
 impl Cache {
     pub(super) fn new(home: &Path) -> Self {
-        Self { parts: home.join("parts"), logs: home.join("logs") }
+        Self {
+            parts: home.join("parts"),
+            logs: home.join("logs"),
+        }
     }
 
     /// Where the part of that name and key is or will be.
@@ -40,7 +43,8 @@ impl Cache {
         remove(&unfinished)?;
         fs::create_dir_all(&unfinished).with_context(|| format!("cannot make the folder {}", unfinished.display()))?;
         make(&unfinished)?;
-        fs::rename(&unfinished, &path).with_context(|| format!("cannot rename {} to {}", unfinished.display(), path.display()))?;
+        fs::rename(&unfinished, &path)
+            .with_context(|| format!("cannot rename {} to {}", unfinished.display(), path.display()))?;
         Ok(path)
     }
 
@@ -49,7 +53,8 @@ impl Cache {
         let Ok(entries) = fs::read_dir(&self.parts) else { return };
         for path in entries.flatten().map(|entry| entry.path()) {
             if !keep.contains(&path) {
-                drop(remove(&path));
+                // Tried again next time.
+                remove(&path).ok();
             }
         }
     }
@@ -58,7 +63,9 @@ impl Cache {
 /// Removes a folder with all that is in it; not being there is fine.
 fn remove(path: &Path) -> Result<()> {
     match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error).with_context(|| format!("cannot remove {}", path.display())),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", path.display()))
+        }
         _ => Ok(()),
     }
 }
@@ -70,7 +77,12 @@ pub(super) fn key(inputs: &[&str]) -> String {
         digest.update(input.len().to_le_bytes());
         digest.update(input);
     }
-    digest.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect()
+    digest
+        .finalize()
+        .iter()
+        .take(6)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }
 
 #[cfg(test)]
@@ -91,7 +103,9 @@ mod tests {
         let cache = Cache::new(&home);
         assert!(cache.ensure("x", "1", |_| anyhow::bail!("no")).is_err());
         assert!(!cache.path("x", "1").exists());
-        let path = cache.ensure("x", "1", |dir| Ok(fs::write(dir.join("f"), "1")?)).unwrap();
+        let path = cache
+            .ensure("x", "1", |dir| Ok(fs::write(dir.join("f"), "1")?))
+            .unwrap();
         assert_eq!(fs::read_to_string(path.join("f")).unwrap(), "1");
         assert!(cache.ensure("x", "1", |_| anyhow::bail!("made twice")).is_ok());
         fs::remove_dir_all(home).unwrap();

@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::cache::{self, Cache};
 use super::versions::{Verdict, Versions, compare};
+use super::workshop;
 use crate::progress;
 
 /// Raised when the way a tree is made changes, so that old trees are not taken for new ones.
@@ -19,7 +20,13 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// What the nodes' tree is made from.
 pub(super) fn key(versions: &Versions) -> String {
     let debian = &versions.debian;
-    cache::key(&[RECIPE, &debian.suite, &debian.mirror, &debian.include.join(","), std::env::consts::ARCH])
+    cache::key(&[
+        RECIPE,
+        &debian.suite,
+        &debian.mirror,
+        &debian.include.join(","),
+        std::env::consts::ARCH,
+    ])
 }
 
 /// Makes a tree of the suite with these packages, unless it is there.
@@ -29,29 +36,39 @@ pub(super) fn ensure(cache: &Cache, versions: &Versions, key: &str, name: &str, 
         install_debootstrap(cache)?;
         let script = script(versions)?;
         let debian = &versions.debian;
-        progress::step(&format!("Debian {} tree, about 1 minute ({})", debian.suite, log.display()), || {
-            let mut command = Command::new("debootstrap");
-            command
-                .env("LC_ALL", "C")
-                .arg("--variant=minbase")
-                .arg(format!("--include={}", include.join(",")))
-                .arg(&debian.suite)
-                .arg(dir)
-                .arg(&debian.mirror)
-                .arg(script);
-            logged(&mut command, &log)
-        })?;
+        progress::step(
+            &format!("Debian {} tree, about 1 minute ({})", debian.suite, log.display()),
+            || {
+                let mut command = Command::new("debootstrap");
+                command
+                    .env("LC_ALL", "C")
+                    .arg("--variant=minbase")
+                    .arg(format!("--include={}", include.join(",")))
+                    .arg(&debian.suite)
+                    .arg(dir)
+                    .arg(&debian.mirror)
+                    .arg(script);
+                workshop::run(&command, &log)
+            },
+        )?;
         // Downloaded packages are half of the tree's size, and nothing in it installs any later.
         let archives = dir.join("var/cache/apt/archives");
-        for entry in fs::read_dir(&archives).with_context(|| format!("cannot list {}", archives.display()))?.flatten() {
+        for entry in fs::read_dir(&archives)
+            .with_context(|| format!("cannot list {}", archives.display()))?
+            .flatten()
+        {
             if entry.path().extension().is_some_and(|extension| extension == "deb") {
                 fs::remove_file(entry.path()).with_context(|| format!("cannot remove {}", entry.path().display()))?;
             }
         }
         // Services of the packages must not be taken for the host's: an empty machine-id, no name, no resolver.
-        for (file, text) in [("etc/machine-id", ""), ("etc/hostname", "node\n"), ("etc/resolv.conf", "")] {
+        for (file, text) in [
+            ("etc/machine-id", ""),
+            ("etc/hostname", "node\n"),
+            ("etc/resolv.conf", ""),
+        ] {
             let path = dir.join(file);
-            drop(fs::remove_file(&path));
+            fs::remove_file(&path).ok();
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }
         Ok(())
@@ -71,11 +88,16 @@ pub(super) fn check(versions: &Versions, tree: &Path) -> Result<()> {
         match compare(installed, verified) {
             Verdict::Verified => {}
             Verdict::Newer => newer.push(format!("{package} {installed} (verified: {verified})")),
-            Verdict::Unfit => unfit.push(format!("{package} {installed} (needed: {verified} or a newer one of the same major version)")),
+            Verdict::Unfit => unfit.push(format!(
+                "{package} {installed} (needed: {verified} or a newer one of the same major version)"
+            )),
         }
     }
     if !newer.is_empty() {
-        progress::say(&format!("warning: the Debian tree has newer versions than those verified: {}", newer.join(", ")));
+        progress::say(&format!(
+            "warning: the Debian tree has newer versions than those verified: {}",
+            newer.join(", ")
+        ));
     }
     ensure!(
         unfit.is_empty(),
@@ -90,7 +112,11 @@ pub(super) fn check(versions: &Versions, tree: &Path) -> Result<()> {
 fn version_of<'a>(status: &'a str, package: &str) -> Option<&'a str> {
     status
         .split("\n\n")
-        .find(|entry| entry.lines().any(|line| line.strip_prefix("Package: ") == Some(package)))
+        .find(|entry| {
+            entry
+                .lines()
+                .any(|line| line.strip_prefix("Package: ") == Some(package))
+        })
         .and_then(|entry| entry.lines().find_map(|line| line.strip_prefix("Version: ")))
 }
 
@@ -100,28 +126,49 @@ fn install_debootstrap(cache: &Cache) -> Result<()> {
         return Ok(());
     }
     if which("apt-get").is_none() {
-        bail!("debootstrap and Debian's keyring ({KEYRING}) are needed and apt-get is not there to install them: install the packages debootstrap and debian-archive-keyring");
+        bail!(
+            "debootstrap and Debian's keyring ({KEYRING}) are needed and apt-get is not there to install them: install the packages debootstrap and debian-archive-keyring"
+        );
     }
     let log = cache.log("apt")?;
     progress::step(&format!("apt-get install debootstrap ({})", log.display()), || {
         // A mirror may lag behind the validity of its own release file; signatures are still checked.
         let apt = || {
             let mut apt = Command::new("apt-get");
-            apt.env("DEBIAN_FRONTEND", "noninteractive").args(["-o", "Acquire::Check-Valid-Until=false", "-y", "-q"]);
+            apt.env("DEBIAN_FRONTEND", "noninteractive")
+                .args(["-o", "Acquire::Check-Valid-Until=false", "-y", "-q"]);
             apt
         };
         // Fails if one of many sources is unreachable, which need not matter.
-        drop(logged(apt().arg("update"), &log));
-        logged(apt().args(["install", "--no-install-recommends", "debootstrap", "debian-archive-keyring"]), &log)
+        workshop::run(apt().arg("update"), &log).ok();
+        workshop::run(
+            apt().args([
+                "install",
+                "--no-install-recommends",
+                "debootstrap",
+                "debian-archive-keyring",
+            ]),
+            &log,
+        )
     })
 }
 
 /// debootstrap's script for the suite: named as an argument, so that nothing is written into the host's `/usr/share`.
 fn script(versions: &Versions) -> Result<PathBuf> {
     let folder = Path::new("/usr/share/debootstrap/scripts");
-    versions.debian.scripts.iter().map(|name| folder.join(name)).find(|path| path.exists()).with_context(|| {
-        format!("this debootstrap has none of the scripts {} in {}: install a newer debootstrap", versions.debian.scripts.join(", "), folder.display())
-    })
+    versions
+        .debian
+        .scripts
+        .iter()
+        .map(|name| folder.join(name))
+        .find(|path| path.exists())
+        .with_context(|| {
+            format!(
+                "this debootstrap has none of the scripts {} in {}: install a newer debootstrap",
+                versions.debian.scripts.join(", "),
+                folder.display()
+            )
+        })
 }
 
 /// The path of a program of the host.
@@ -131,20 +178,6 @@ pub(super) fn which(name: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin", "/usr/local/go/bin"].map(PathBuf::from))
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
-}
-
-/// Runs a command with its output in a log; a failure shows the log's end.
-pub(super) fn logged(command: &mut Command, log: &Path) -> Result<()> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let file = fs::OpenOptions::new().create(true).append(true).open(log).with_context(|| format!("cannot open the log {}", log.display()))?;
-    let errors = file.try_clone().with_context(|| format!("cannot open the log {}", log.display()))?;
-    let status = command.stdin(std::process::Stdio::null()).stdout(file).stderr(errors).status().with_context(|| format!("cannot start {program}"))?;
-    if !status.success() {
-        let text = fs::read_to_string(log).unwrap_or_default();
-        let lines: Vec<&str> = text.lines().collect();
-        bail!("{program} failed ({status}); the end of {}:\n{}", log.display(), lines[lines.len().saturating_sub(12)..].join("\n"));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

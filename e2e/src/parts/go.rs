@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result};
 use super::cache::{self, Cache};
 use super::debian;
 use super::versions::{Versions, at_least};
+use super::workshop;
 use crate::progress;
 
 const MAIN: &str = include_str!("../../kube/main.go");
@@ -19,7 +20,13 @@ const MOD: &str = include_str!("../../kube/go.mod");
 const SUM: &str = include_str!("../../kube/go.sum");
 
 /// Names that the one Kubernetes program answers to.
-const COMPONENTS: [&str; 5] = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"];
+const COMPONENTS: [&str; 5] = [
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
+];
 
 pub(super) fn kube_key(versions: &Versions) -> String {
     cache::key(&[MAIN, MOD, SUM, &versions.kubernetes.version, std::env::consts::ARCH])
@@ -39,9 +46,29 @@ pub(super) fn ensure_kube(cache: &Cache, versions: &Versions) -> Result<PathBuf>
             fs::write(source.join(name), text).with_context(|| format!("cannot write {name}"))?;
         }
         let version = &versions.kubernetes.version;
-        let what = format!("Kubernetes {version} components from source, about 5 minutes the first time ({})", log.display());
+        let what = format!(
+            "Kubernetes {version} components from source, about 5 minutes the first time ({})",
+            log.display()
+        );
         let flags = ldflags(version);
-        progress::step(&what, || toolchain.run(&source, &["build", "-trimpath", "-mod=readonly", "-ldflags", &flags, "-o", "kube", "."], "kube", &dir.join("kube"), &log))?;
+        progress::step(&what, || {
+            toolchain.run(
+                &source,
+                &[
+                    "build",
+                    "-trimpath",
+                    "-mod=readonly",
+                    "-ldflags",
+                    &flags,
+                    "-o",
+                    "kube",
+                    ".",
+                ],
+                "kube",
+                &dir.join("kube"),
+                &log,
+            )
+        })?;
         fs::remove_dir_all(&source).with_context(|| format!("cannot remove {}", source.display()))?;
         for component in COMPONENTS {
             symlink("kube", dir.join(component)).with_context(|| format!("cannot link {component}"))?;
@@ -57,9 +84,22 @@ pub(super) fn ensure_helm(cache: &Cache, versions: &Versions) -> Result<PathBuf>
         let source = dir.join("source");
         fs::create_dir(&source).with_context(|| format!("cannot make the folder {}", source.display()))?;
         let package = format!("{}@{}", versions.helm.module, versions.helm.version);
-        progress::step(&format!("helm {} from source, about 2 minutes the first time ({})", versions.helm.version, log.display()), || {
-            toolchain.run(&source, &["install", "-trimpath", "-ldflags", "-s -w", &package], "helm", &dir.join("helm"), &log)
-        })?;
+        progress::step(
+            &format!(
+                "helm {} from source, about 2 minutes the first time ({})",
+                versions.helm.version,
+                log.display()
+            ),
+            || {
+                toolchain.run(
+                    &source,
+                    &["install", "-trimpath", "-ldflags", "-s -w", &package],
+                    "helm",
+                    &dir.join("helm"),
+                    &log,
+                )
+            },
+        )?;
         fs::remove_dir_all(&source).with_context(|| format!("cannot remove {}", source.display()))
     })
 }
@@ -69,7 +109,14 @@ fn ldflags(version: &str) -> String {
     let mut parts = version.split('.');
     let (major, minor) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let set = |name: &str, value: &str| format!("-X k8s.io/component-base/version.{name}={value}");
-    ["-s -w".to_owned(), set("gitVersion", &format!("v{version}")), set("gitMajor", major), set("gitMinor", minor), set("gitTreeState", "clean")].join(" ")
+    [
+        "-s -w".to_owned(),
+        set("gitVersion", &format!("v{version}")),
+        set("gitMajor", major),
+        set("gitMinor", minor),
+        set("gitTreeState", "clean"),
+    ]
+    .join(" ")
 }
 
 /// A Go that builds our programs.
@@ -83,13 +130,30 @@ enum Toolchain {
 impl Toolchain {
     fn find(cache: &Cache, versions: &Versions) -> Result<Self> {
         if let Some(go) = debian::which("go")
-            && let Ok(output) = Command::new(&go).args(["env", "GOVERSION"]).env("GOTOOLCHAIN", "local").output()
-            && at_least(String::from_utf8_lossy(&output.stdout).trim(), &versions.go.host_minimum)
+            && let Ok(output) = Command::new(&go)
+                .args(["env", "GOVERSION"])
+                .env("GOTOOLCHAIN", "local")
+                .output()
+            && at_least(
+                String::from_utf8_lossy(&output.stdout).trim(),
+                &versions.go.host_minimum,
+            )
         {
             return Ok(Self::Host(go));
         }
-        let key = cache::key(&[&versions.debian.suite, &versions.debian.mirror, &versions.go.packages.join(","), std::env::consts::ARCH]);
-        Ok(Self::Tree(debian::ensure(cache, versions, &key, "go", &versions.go.packages)?))
+        let key = cache::key(&[
+            &versions.debian.suite,
+            &versions.debian.mirror,
+            &versions.go.packages.join(","),
+            std::env::consts::ARCH,
+        ]);
+        Ok(Self::Tree(debian::ensure(
+            cache,
+            versions,
+            &key,
+            "go",
+            &versions.go.packages,
+        )?))
     }
 
     /// Runs `go` in `source`, then moves the program `name` that it made to `to`.
@@ -97,24 +161,52 @@ impl Toolchain {
         let made = match self {
             Self::Host(go) => {
                 let mut command = Command::new(go);
-                command.current_dir(source).env("CGO_ENABLED", "0").env("GOFLAGS", "").env("GOWORK", "off").env("GOBIN", source).args(args);
-                debian::logged(&mut command, log)?;
+                command
+                    .current_dir(source)
+                    .env("CGO_ENABLED", "0")
+                    .env("GOFLAGS", "")
+                    .env("GOWORK", "off")
+                    .env("GOBIN", source)
+                    .args(args);
+                workshop::run(&command, log)?;
                 source.join(name)
             }
             Self::Tree(tree) => {
                 let inside = tree.join("build");
-                drop(fs::remove_dir_all(&inside));
+                fs::remove_dir_all(&inside).ok();
                 fs::create_dir_all(&inside).with_context(|| format!("cannot make the folder {}", inside.display()))?;
-                for entry in fs::read_dir(source).with_context(|| format!("cannot list {}", source.display()))?.flatten() {
-                    fs::copy(entry.path(), inside.join(entry.file_name())).with_context(|| format!("cannot copy {}", entry.path().display()))?;
+                for entry in fs::read_dir(source)
+                    .with_context(|| format!("cannot list {}", source.display()))?
+                    .flatten()
+                {
+                    fs::copy(entry.path(), inside.join(entry.file_name()))
+                        .with_context(|| format!("cannot copy {}", entry.path().display()))?;
                 }
-                for file in ["etc/resolv.conf", "etc/hosts"] {
-                    fs::copy(Path::new("/").join(file), tree.join(file)).with_context(|| format!("cannot copy /{file} into the Go tree"))?;
+                // Names are resolved as on the host, and whom the host trusts is trusted: a company's proxy signs with an authority of its own.
+                for file in ["etc/resolv.conf", "etc/hosts", "etc/ssl/certs/ca-certificates.crt"] {
+                    let from = Path::new("/").join(file);
+                    if from.exists() {
+                        fs::copy(&from, tree.join(file))
+                            .with_context(|| format!("cannot copy /{file} into the Go tree"))?;
+                    }
                 }
-                let mut command = Command::new("chroot");
-                command.arg(tree).args(["/usr/bin/env", "-C", "/build", "HOME=/build", "PATH=/usr/lib/go/bin:/usr/bin:/bin", "CGO_ENABLED=0", "GOWORK=off", "GOBIN=/build"]);
+                // Go finds itself through /proc. The mount is the workshop's own and goes with it.
+                let mut command = Command::new("sh");
+                command
+                    .args(["-c", r#"mount -t proc proc "$0/proc" && exec chroot "$0" "$@""#])
+                    .arg(tree)
+                    .args([
+                        "/usr/bin/env",
+                        "-C",
+                        "/build",
+                        "HOME=/build",
+                        "PATH=/usr/lib/go/bin:/usr/bin:/bin",
+                        "CGO_ENABLED=0",
+                        "GOWORK=off",
+                        "GOBIN=/build",
+                    ]);
                 command.args(["GOPATH=/go", "GOCACHE=/go/cache", "go"]).args(args);
-                debian::logged(&mut command, log)?;
+                workshop::run(&command, log)?;
                 inside.join(name)
             }
         };
@@ -131,6 +223,8 @@ mod tests {
     #[test]
     fn clients_are_told_the_version() {
         let flags = ldflags("1.36.3");
-        assert!(flags.contains("gitVersion=v1.36.3") && flags.contains("gitMajor=1 ") && flags.contains("gitMinor=36 "));
+        assert!(
+            flags.contains("gitVersion=v1.36.3") && flags.contains("gitMajor=1 ") && flags.contains("gitMinor=36 ")
+        );
     }
 }

@@ -103,7 +103,11 @@ pub(super) fn compare(installed: &str, verified: &str) -> Verdict {
 fn numbers(version: &str) -> Vec<u64> {
     let upstream = version.split_once(':').map_or(version, |(_, rest)| rest);
     let upstream = upstream.split(['-', '+', '~']).next().unwrap_or_default();
-    upstream.trim_start_matches(['v', 'g', 'o']).split('.').map_while(|part| part.parse().ok()).collect()
+    upstream
+        .trim_start_matches(['v', 'g', 'o'])
+        .split('.')
+        .map_while(|part| part.parse().ok())
+        .collect()
 }
 
 /// Whether a version is at least another one.
@@ -119,7 +123,10 @@ mod tests {
     fn the_file_parses_and_every_verified_package_is_included() {
         let versions = Versions::load().unwrap();
         for package in versions.debian.verified.keys() {
-            assert!(versions.debian.include.contains(package), "{package} is verified but not installed");
+            assert!(
+                versions.debian.include.contains(package),
+                "{package} is verified but not installed"
+            );
         }
     }
 
