@@ -9,11 +9,12 @@ use hostsys::cgroup::{self, Cgroup};
 use hostsys::namespace::PidFd;
 use hostsys::program::{self, Program};
 use nix::sys::signal::Signal;
-use protocol::hand_off::{Request, RuntimeConfig, ShepherdReport, State};
+use protocol::hand_off::{COMMITTED_DIR, Request, RuntimeConfig, ShepherdReport, State};
 
 use crate::argv::Call;
 use crate::complain::rfc3339;
 use crate::folder::{self, Folder, Start};
+use crate::hand_off;
 use crate::restore;
 use crate::verdict::Standing;
 
@@ -75,8 +76,10 @@ impl Shepherded {
                 .is_ok_and(|processes| processes.contains(pid))
         });
         let alive = pid.is_some_and(|pid| PidFd::open(pid).is_ok_and(|handle| handle.is_alive()));
+        let mark = hand_off::mark(COMMITTED_DIR, &start.report.hand_off.pod_uid);
         let standing = Standing {
             below: folder.is_below(),
+            committed: mark.is_some_and(|mark| mark.exists()),
             alive,
         };
         Ok(Some(Self {

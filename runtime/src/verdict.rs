@@ -7,6 +7,8 @@ use crate::spec::Role;
 pub struct Standing {
     /// It has been restored: the runtime below knows it.
     pub below: bool,
+    /// The migration is committed: its processes are held no longer.
+    pub committed: bool,
     /// The shepherd lives.
     pub alive: bool,
 }
@@ -35,7 +37,12 @@ pub enum Verdict {
 /// Decides over a call that is not `create`.
 #[must_use]
 pub fn of_call(verb: &str, standing: Option<Standing>) -> Verdict {
-    let Some(Standing { below, alive }) = standing else {
+    let Some(Standing {
+        below,
+        committed,
+        alive,
+    }) = standing
+    else {
         return Verdict::PassThrough;
     };
     match verb {
@@ -45,10 +52,13 @@ pub fn of_call(verb: &str, standing: Option<Standing>) -> Verdict {
         // A shepherd that died takes what it held with it: nobody else would end it before the commit, and after it
         // containerd takes the container for dead as well.
         "kill" if !below || !alive => Verdict::End,
+        _ if below && committed => Verdict::PassThrough,
+        // A held container can be looked at. `resume` would let it run before the commit; `exec` would start into the freeze.
+        "exec" | "resume" | "pause" | "update" | "checkpoint" | "restore" => Verdict::NotYet,
         _ if below => Verdict::PassThrough,
         "state" => Verdict::State,
         "ps" => Verdict::Processes,
-        "exec" | "events" | "update" | "pause" | "resume" | "checkpoint" | "restore" => Verdict::NotYet,
+        "events" => Verdict::NotYet,
         // `list`, `features` and what is unknown concern no single container.
         _ => Verdict::PassThrough,
     }
@@ -112,31 +122,47 @@ mod tests {
     #[test]
     fn calls_for_a_shepherd() {
         use Verdict::{Delete, DeleteRunning, End, NotYet, PassThrough, Processes, Started, State};
-        for (verb, below, alive, expected) in [
-            ("start", false, true, Started),
-            ("start", true, true, Started),
-            ("state", false, true, State),
-            ("state", false, false, State),
-            ("state", true, true, PassThrough),
-            ("kill", false, true, End),
-            ("kill", false, false, End),
-            ("kill", true, true, PassThrough),
-            ("kill", true, false, End),
-            ("exec", false, true, NotYet),
-            ("exec", true, true, PassThrough),
-            ("update", false, true, NotYet),
-            ("ps", false, true, Processes),
-            ("delete", false, true, Delete),
-            ("delete", false, false, Delete),
-            ("delete", true, false, Delete),
-            ("delete", true, true, DeleteRunning),
-            ("features", false, true, PassThrough),
+        // Restored, committed, alive.
+        let waiting = (false, false, true);
+        let held = (true, false, true);
+        let committed = (true, true, true);
+        for (verb, (below, committed, alive), expected) in [
+            ("start", waiting, Started),
+            ("start", committed, Started),
+            ("state", waiting, State),
+            ("state", (false, false, false), State),
+            ("state", held, PassThrough),
+            ("kill", waiting, End),
+            ("kill", (false, false, false), End),
+            ("kill", held, PassThrough),
+            ("kill", committed, PassThrough),
+            ("kill", (true, false, false), End),
+            ("kill", (true, true, false), End),
+            ("exec", waiting, NotYet),
+            ("exec", held, NotYet),
+            ("exec", committed, PassThrough),
+            ("resume", waiting, NotYet),
+            ("resume", held, NotYet),
+            ("resume", committed, PassThrough),
+            ("update", held, NotYet),
+            ("events", waiting, NotYet),
+            ("events", held, PassThrough),
+            ("ps", waiting, Processes),
+            ("ps", held, PassThrough),
+            ("delete", waiting, Delete),
+            ("delete", (false, false, false), Delete),
+            ("delete", (true, true, false), Delete),
+            ("delete", held, DeleteRunning),
+            ("delete", committed, DeleteRunning),
+            ("features", waiting, PassThrough),
+            ("features", committed, PassThrough),
         ] {
-            assert_eq!(
-                of_call(verb, Some(Standing { below, alive })),
-                expected,
-                "{verb} {below} {alive}"
-            );
+            let standing = Standing {
+                below,
+                committed,
+                alive,
+            };
+            assert_eq!(of_call(verb, Some(standing)), expected, "{verb} {standing:?}");
         }
     }
 

@@ -27,6 +27,7 @@ pub(crate) const ALL: &[Case] = &[
         moved_as_root,
     ),
     ("a_container_of_an_ordinary_user_is_moved", moved_as_user),
+    ("a_moved_container_is_moved_again", moved_again),
     ("the_shepherd_ends_as_the_container_ends", ends_alike),
     ("a_target_without_hand_off_is_not_started", no_hand_off),
     ("hand_offs_that_are_not_valid_are_refused", bad_hand_offs),
@@ -110,6 +111,10 @@ fn move_and_check(uid: u32) {
     assert_eq!((target.counters(), cpu_time(pid)), (counters.clone(), time));
     assert_eq!(source.counters(), counters);
     assert_eq!(target.state()["status"], "paused");
+    for verb in ["resume", "exec", "pause"] {
+        assert!(!target.call(&[verb]).status.success(), "{verb} of what is held");
+    }
+    assert!(target.cgroup().is_frozen().unwrap());
     target.read_output();
     // The commit.
     assert_eq!(ask(&target, &Request::Committed), State::Committed { pid });
@@ -149,6 +154,53 @@ fn moved_as_root() {
 
 fn moved_as_user() {
     move_and_check(1000);
+}
+
+fn moved_again() {
+    let (source, target, shepherd, _) = held(1000);
+    ask(&target, &Request::Committed);
+    target.cgroup().thaw().unwrap();
+    target.await_progress();
+    end(&source);
+    fs::remove_dir_all(images()).unwrap();
+    fs::remove_dir_all("/run/case/work").unwrap();
+    // Back to the first node, into another pod.
+    let annotations: Vec<(&str, &str)> = ANNOTATIONS
+        .iter()
+        .map(|(key, value)| (*key, if *value == "uid-1" { "uid-2" } else { *value }))
+        .collect();
+    let path = Path::new(HAND_OFF_DIR).join("uid-2/c");
+    write_hand_off(
+        &HandOff {
+            pod_uid: "uid-2".into(),
+            ..hand_off()
+        }
+        .seal()
+        .unwrap(),
+    );
+    fs::create_dir_all(&path).unwrap();
+    fs::rename(hand_off_path(), path.join("hand-off.json")).unwrap();
+    let mut back = Container::new("back", "source", 1000, &annotations);
+    let second = back.create().unwrap();
+    back.must(&["start"]);
+    checkpoint(&target);
+    target.copy_data_to(&back);
+    let answer = ask(&back, &restore_request());
+    assert!(matches!(answer, State::Held { .. }), "{answer:?}");
+    ask(&back, &Request::Committed);
+    back.cgroup().thaw().unwrap();
+    back.await_progress();
+    eventually("its output reaches the third pipe", || {
+        back.read_output().contains("at ")
+    });
+    // The one that was left behind is killed in its freeze, as the kubelet does.
+    target.must(&["kill", "--all"]);
+    assert!(target.cgroup().kill(Duration::from_secs(5)).is_ok());
+    assert_eq!(await_end(shepherd), -(Signal::SIGKILL as i32));
+    target.must(&["delete"]);
+    fs::write(back.folder.join("rootfs/data/end"), "3").unwrap();
+    assert_eq!(await_end(second), 3);
+    back.must(&["delete"]);
 }
 
 fn ends_alike() {
