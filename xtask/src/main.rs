@@ -61,6 +61,9 @@ fn harness(arguments: &[String]) -> Result<ExitCode> {
     let root = repository::root();
     repository::build_harness(&root)?;
     let program = repository::program("peregrine-e2e")?;
-    let error = Command::new(&program).args(arguments).exec();
+    let error = Command::new(&program)
+        .args(arguments)
+        .env(repository::BUILT.0, repository::BUILT.1)
+        .exec();
     Err(error).with_context(|| format!("failed to start {}", program.display()))
 }

@@ -17,16 +17,24 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(own.with_file_name(name))
 }
 
-/// Builds `peregrine-e2e`. Cargo's own progress goes to standard error, where it disturbs no output that is parsed.
+/// Builds `peregrine-e2e` and the programs that it puts on the cluster, in one go: a build of each alone would compile the
+/// dependencies again, with other features. Cargo's own progress goes to standard error, where it disturbs no output that is
+/// parsed.
 pub(crate) fn build_harness(root: &Path) -> Result<()> {
+    let packages = ["e2e", "operator", "node-agent", "runtime"].map(|package| ["--package", package]);
     let status = cargo(root)
-        .args(["build", "--package", "e2e", "--bin", "peregrine-e2e"])
+        .arg("build")
+        .args(packages.as_flattened())
+        .arg("--bins")
         .stdin(Stdio::null())
         .status()
         .context("failed to start cargo")?;
-    ensure!(status.success(), "the harness (package e2e) does not build");
+    ensure!(status.success(), "the programs do not build");
     Ok(())
 }
+
+/// Tells the harness that [`build_harness`] has run.
+pub(crate) const BUILT: (&str, &str) = ("PEREGRINE_E2E_BUILT", "1");
 
 /// The cargo that runs us, in the checkout.
 pub(crate) fn cargo(root: &Path) -> Command {

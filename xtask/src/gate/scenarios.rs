@@ -20,6 +20,7 @@ pub(super) fn run(root: &Path, only: Option<&str>, tally: &mut Tally) -> Result<
         .args(only.map(|name| ["--only", name]).into_iter().flatten());
     let mut child = command
         .current_dir(root)
+        .env(repository::BUILT.0, repository::BUILT.1)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()
