@@ -168,6 +168,8 @@ reasons! {
     UserfaultfdNotSupported => "Turn off the feature that uses userfaultfd.",
     /// fanotify.
     FanotifyNotSupported => "Close the fanotify watch.",
+    /// inotify watches on the root filesystem.
+    InotifyNotSupported => "Turn off file watching in the program, or watch only files on tmpfs.",
     /// A huge page mapping.
     HugetlbNotSupported => "Use transparent huge pages instead of hugetlbfs.",
     /// A POSIX message queue.
@@ -176,6 +178,12 @@ reasons! {
     DescriptorNotSupported => "Close the descriptor before the move.",
     /// The pod shares a namespace of its node.
     HostNamespace => "Do not use hostNetwork, hostPID or hostIPC.",
+    /// The containers of the pod share a pid namespace.
+    SharedProcessNamespace => "Remove shareProcessNamespace from the pod.",
+    /// The pod has a user namespace of its own.
+    UserNamespaceNotSupported => "Remove hostUsers: false from the pod.",
+    /// System V shared memory in a second container of the pod.
+    SharedMemoryNotSupported => "Use System V shared memory in one container of the pod only, or POSIX shared memory (/dev/shm).",
     /// The container is privileged or has devices.
     PrivilegedContainer => "Privileged containers hold the node's devices and cannot be moved.",
     /// A namespace made inside the container.

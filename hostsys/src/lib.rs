@@ -13,12 +13,14 @@
 //! | [`inet_diag`] | TCP and UDP sockets; the end of one |
 //! | [`addresses`] | addresses of a network namespace |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
+//! | [`descriptor`] | what an open file is |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
 
 pub mod addresses;
 pub mod beneath;
 pub mod cgroup;
 pub mod cpu;
+pub mod descriptor;
 pub mod inet_diag;
 pub mod kernel_features;
 pub mod namespace;

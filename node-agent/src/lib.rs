@@ -17,32 +17,40 @@
 //! | [`cure`] | CRIU's images, cured |
 //! | [`decide`] | decisions, pure |
 //! | [`fault`] | faults, for tests only |
+//! | [`inventory`] | what a pod's processes hold |
 //! | [`journal`] | what a session is about to do, before it does it |
 //! | [`files`] | file trees on their way |
 //! | [`outbox`] | what a source has to send |
 //! | [`peer`] | connections between agents |
+//! | [`checkpoint`] | a dump of one container |
+//! | [`holding`] | a pod held on its source |
+//! | [`session`] | an attempt on this node |
 //! | [`error`] | printing an error with its causes |
 
-pub mod args;
-pub mod watches;
-pub mod run;
-pub mod probe;
-pub mod node_status;
-pub mod metrics;
-pub mod context;
 pub mod admin;
+pub mod args;
+pub mod checkpoint;
+pub mod context;
 pub mod cure;
 pub mod decide;
 pub mod error;
 pub mod fault;
+pub mod files;
+pub mod holding;
 pub mod host;
 pub mod identity;
 pub mod install;
+pub mod inventory;
 pub mod journal;
-pub mod files;
+pub mod metrics;
+pub mod node_status;
 pub mod outbox;
 pub mod peer;
 pub mod pod_on_node;
+pub mod probe;
+pub mod run;
+pub mod session;
 mod start;
+pub mod watches;
 
 pub use start::start;
