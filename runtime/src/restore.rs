@@ -84,12 +84,18 @@ fn environment(folder: &Folder, start: &Start) -> Vec<(OsString, OsString)> {
 #[must_use]
 pub fn why(folder: &Folder, work: &str) -> String {
     let criu = read_start(&Path::new(work).join("restore.log")).and_then(|log| criu_errors::explain_log(&log));
-    criu.or_else(|| {
-        read_start(&folder.file("runc.log"))
-            .and_then(|log| runc_error(&log))
-            .map(|said| format!("runc: {said}"))
-    })
-    .unwrap_or_else(|| "runc restore failed and did not say why".into())
+    let runc = || runc_error(&read_start(&folder.file("runc.log"))?).map(|said| without_criu(&said));
+    criu.or_else(runc)
+        .unwrap_or_else(|| "runc restore failed and did not say why".into())
+}
+
+/// What runc says where CRIU has said nothing: CRIU 4.2 crashes on some incomplete checkpoints.
+fn without_criu(said: &str) -> String {
+    if said.contains("EOF") {
+        format!("CRIU crashed: the checkpoint is incomplete or damaged (runc: {said})")
+    } else {
+        format!("runc: {said}")
+    }
 }
 
 /// The last error that runc has logged: it logs one, at its end.

@@ -53,9 +53,7 @@ fn verb_and_id_of_recorded_calls() {
             call(rest),
         ] {
             assert_eq!(call.verb.as_deref(), Some(verb), "{rest}");
-            if verb != "update" {
-                assert_eq!(call.id(), Some("ID"), "{rest}");
-            }
+            assert_eq!(call.id(), Some("ID"), "{rest}");
         }
     }
 }
