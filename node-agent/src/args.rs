@@ -26,6 +26,8 @@ pub enum Command {
     Uninstall(HostArgs),
     /// Prints what this node can do as JSON, and changes nothing.
     Probe(HostArgs),
+    /// Prints every step of a move as JSON: where tests can inject faults.
+    Steps,
 }
 
 /// How the node is reached.

@@ -110,7 +110,8 @@ pub fn send(upper: &Path, merged: &Path, place: Place, outbox: &Outbox, canceled
     let root = Path::new(".");
     let stat = walk.upper.stat(root)?;
     let meta = walk.meta(false, root, &stat)?;
-    walk.outbox.entry(place, b"", EntryKind::Dir { opaque: false }, Some(meta))?;
+    walk.outbox
+        .entry(place, b"", EntryKind::Dir { opaque: false }, Some(meta))?;
     walk.folder(false, root)
 }
 
@@ -177,7 +178,8 @@ impl Walk<'_> {
             let redirected = self.attribute(whole, path, "trusted.overlay.redirect")?.is_some();
             let opaque = redirected || self.attribute(whole, path, "trusted.overlay.opaque")?.as_deref() == Some(b"y");
             let meta = self.meta(whole, path, &stat)?;
-            self.outbox.entry(self.place, bytes, EntryKind::Dir { opaque }, Some(meta))?;
+            self.outbox
+                .entry(self.place, bytes, EntryKind::Dir { opaque }, Some(meta))?;
             return self.folder(whole || redirected, path);
         }
         if stat.st_nlink > 1 {
@@ -342,7 +344,9 @@ impl Tree {
         // A hole at the end has no piece.
         let len = open.file.metadata().map(|m| m.len());
         if len.map_err(|e| Error::Write(open.path.clone(), e))? != size {
-            open.file.set_len(size).map_err(|e| Error::Write(open.path.clone(), e))?;
+            open.file
+                .set_len(size)
+                .map_err(|e| Error::Write(open.path.clone(), e))?;
         }
         self.set(&open.path, open.meta.as_ref())
     }
@@ -366,7 +370,8 @@ impl Tree {
         }
         // Behind the owner: a change of owner drops file capabilities.
         for (name, value) in &meta.xattrs {
-            self.root.set_attribute(path, OsStr::from_bytes(name.as_bytes()), value.as_bytes())?;
+            self.root
+                .set_attribute(path, OsStr::from_bytes(name.as_bytes()), value.as_bytes())?;
         }
         let time = TimeSpec::new(meta.mtime, i64::from(meta.mtime_nanos));
         Ok(self.root.set_times(path, time, time)?)

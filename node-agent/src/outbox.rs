@@ -121,7 +121,10 @@ impl Outbox {
     /// # Errors
     /// [`Error::Closed`].
     pub async fn message(&self, message: FromSource) -> Result<(), Error> {
-        self.queue.send(Outgoing::Message(message)).await.map_err(|_| Error::Closed)
+        self.queue
+            .send(Outgoing::Message(message))
+            .await
+            .map_err(|_| Error::Closed)
     }
 
     fn queue(&self, what: Outgoing) -> Result<(), Error> {

@@ -85,7 +85,8 @@ async fn read_frame(
     let mut header = [0; frame::HEADER];
     let read = async {
         reader.read_exact(&mut header).await.map_err(Error::Lost)?;
-        let (kind, len) = frame::read_header(header).map_err(|error| Error::Violation(Violation::Frame { state, error }))?;
+        let (kind, len) =
+            frame::read_header(header).map_err(|error| Error::Violation(Violation::Frame { state, error }))?;
         if buffer.len() < len {
             buffer.resize(len, 0);
         }
@@ -377,7 +378,11 @@ pub struct Spare(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Spare {
     fn take(&self) -> Vec<u8> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop()
+            .unwrap_or_default()
     }
 
     /// Gives a buffer back.

@@ -9,9 +9,11 @@
 //! SIGTERM: no new work; a freeze is ended first.
 //! ```
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -19,12 +21,18 @@ use tokio::task::JoinSet;
 use crate::admin::{self, Admin};
 use crate::args::RunArgs;
 use crate::context;
+use crate::fault::Faults;
 use crate::host::Host;
 use crate::identity::Keeper;
 use crate::install::keep::{self, MemoryShare};
 use crate::metrics::Metrics;
 use crate::node_status::{self, About, Known};
 use crate::probe;
+use crate::session::{SessionContext, Sessions};
+use crate::watches::{self, Half, Seen};
+
+/// How long SIGTERM waits for the end of what is under way; the pod's grace period is longer.
+const LEAVING: Duration = Duration::from_secs(20);
 
 /// Why the agent ended.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +46,9 @@ pub enum Error {
     /// Signals.
     #[error("failed to wait for signals")]
     Signals(#[source] std::io::Error),
+    /// A fault that is not allowed, or not one.
+    #[error("PEREGRINE_FAULT: {0}")]
+    Fault(String),
     /// A part that never ends has ended.
     #[error("a part of the agent ended unexpectedly: {0}")]
     Ended(String),
@@ -77,6 +88,41 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
     let metrics = Arc::new(Metrics::default());
     let mut parts = JoinSet::new();
 
+    let keeper = Keeper::new(client.clone(), about.node.clone(), about.namespace.clone());
+    let (room, checkpoint_limit_bytes) = watch::channel(known.borrow().checkpoint_limit_bytes);
+    let sessions = Sessions::new(SessionContext {
+        client: client.clone(),
+        node: about.node.clone(),
+        tls: keeper.tls(),
+        checkpoint_limit_bytes,
+        destroys_sockets: hostsys::sock_diag::can_destroy(),
+        faults: faults(&args)?,
+    });
+    // Before anything else: a source that an earlier agent has left frozen must not wait for the API server.
+    sessions.recover().await;
+    parts.spawn(follow_limit(known.subscribe(), room));
+    let peers = TcpListener::bind((Ipv6Addr::UNSPECIFIED, args.peer_port));
+    let peers = match peers.await {
+        Ok(peers) => peers,
+        // A kernel without IPv6.
+        Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, args.peer_port))
+            .await
+            .map_err(|e| Error::Listen(args.peer_port, e))?,
+    };
+    parts.spawn(sessions.clone().listen(peers));
+    for half in [Half::Source, Half::Target] {
+        let sessions = sessions.clone();
+        parts.spawn(watches::follow(
+            client.clone(),
+            about.node.clone(),
+            half,
+            move |seen| match seen {
+                Seen::Present(migration) => sessions.observe(&migration),
+                Seen::Gone(migration) => sessions.gone(migration.metadata.uid.as_deref().unwrap_or_default()),
+            },
+        ));
+    }
+
     let not_ready = watch::Sender::new(Some("starting".to_owned()));
     let listener = admin::listen(args.admin_port)
         .await
@@ -89,7 +135,6 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
         },
     ));
 
-    let keeper = Keeper::new(client.clone(), about.node.clone(), about.namespace.clone());
     let mut identity = keeper.state();
     parts.spawn(keeper.run());
     parts.spawn({
@@ -130,12 +175,37 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
     match ended {
         None => {
             tracing::info!("leaving");
+            sessions.shutdown(LEAVING).await;
             Ok(())
         }
         Some(part) => Err(Error::Ended(match part {
             Some(Err(error)) => error.to_string(),
             Some(Ok(())) | None => "without an error".to_owned(),
         })),
+    }
+}
+
+/// The faults of tests, where they are allowed.
+fn faults(args: &RunArgs) -> Result<Faults, Error> {
+    let wanted = std::env::var("PEREGRINE_FAULT").ok();
+    if args.enable_fault_injection {
+        return Faults::enabled(wanted.as_deref()).map_err(Error::Fault);
+    }
+    if wanted.is_some() {
+        return Err(Error::Fault(
+            "it is for tests only: use --enable-fault-injection".to_owned(),
+        ));
+    }
+    Ok(Faults::none())
+}
+
+/// Tells the sessions how much memory checkpoints may take.
+async fn follow_limit(mut known: watch::Receiver<Known>, room: watch::Sender<u64>) {
+    loop {
+        room.send_replace(known.borrow_and_update().checkpoint_limit_bytes);
+        if known.changed().await.is_err() {
+            return;
+        }
     }
 }
 

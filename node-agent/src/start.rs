@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Args, Command, HostArgs};
+use crate::decide::step::Step;
 use crate::error::chain;
 use crate::host::Host;
 use crate::install::undo::undo;
@@ -15,6 +16,7 @@ use crate::{install, probe, run};
 pub fn start(args: &Args) -> ExitCode {
     let command = args.command.clone().unwrap_or(Command::Run(args.run.clone()));
     let host_args = match &command {
+        Command::Steps => return print_steps(),
         Command::Run(run) => &run.host,
         Command::Uninstall(host) | Command::Probe(host) => host,
     };
@@ -26,7 +28,7 @@ pub fn start(args: &Args) -> ExitCode {
     // Two threads: the work is waiting, and what takes time runs in programs of its own.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(16)
+        .max_blocking_threads(128)
         .enable_all()
         .build();
     let runtime = match runtime {
@@ -46,7 +48,26 @@ pub fn start(args: &Args) -> ExitCode {
             Err(error) => failed(&error),
         },
         Command::Probe(_) => print_probe(),
+        Command::Steps => print_steps(),
     }
+}
+
+/// Every step of both roles: name, role, what undoes it.
+fn print_steps() -> ExitCode {
+    let steps: Vec<serde_json::Value> = Step::ALL
+        .iter()
+        .map(|step| {
+            serde_json::json!({
+                "step": step.name(),
+                "role": step.role().as_str(),
+                "undoneBy": step.undo_of().map(Step::name),
+                "afterCommit": step.is_after_commit(),
+                "deadlineSeconds": step.deadline().as_secs(),
+            })
+        })
+        .collect();
+    println!("{}", serde_json::Value::from(steps));
+    ExitCode::SUCCESS
 }
 
 fn failed(error: &(dyn std::error::Error + 'static)) -> ExitCode {

@@ -137,19 +137,27 @@ pub fn target_begins(migration: &ProcessMigration, node: &str) -> bool {
 
 fn has_pods(migration: &ProcessMigration) -> bool {
     status(migration).is_some_and(|s| {
-        s.source.as_ref().is_some_and(|s| s.pod_uid.is_some() && s.pod_name.is_some())
-            && s.target.as_ref().is_some_and(|t| t.pod_uid.is_some() && t.pod_name.is_some() && t.node_name.is_some())
+        s.source
+            .as_ref()
+            .is_some_and(|s| s.pod_uid.is_some() && s.pod_name.is_some())
+            && s.target
+                .as_ref()
+                .is_some_and(|t| t.pod_uid.is_some() && t.pod_name.is_some() && t.node_name.is_some())
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crds::{Reason, condition::{self, Status}};
     use crds::process_migration::{ProcessMigrationSpec, SourceStatus, TargetStatus};
+    use crds::{
+        Reason,
+        condition::{self, Status},
+    };
 
     fn ready() -> ProcessMigration {
-        let spec: ProcessMigrationSpec = serde_json::from_value(serde_json::json!({"podRef": {"name": "web-0"}})).unwrap();
+        let spec: ProcessMigrationSpec =
+            serde_json::from_value(serde_json::json!({"podRef": {"name": "web-0"}})).unwrap();
         let mut m = ProcessMigration::new("m", spec);
         let now = k8s_openapi::jiff::Timestamp::UNIX_EPOCH;
         let condition = |t| condition::build(&[], t, Status::True, Reason::Eligible, "", None, now);
@@ -199,7 +207,13 @@ mod tests {
             |m| m.status.as_mut().unwrap().decision = None,
             |m| m.status.as_mut().unwrap().decision.as_mut().unwrap().value = DecisionValue::Aborted,
             |m| m.status.as_mut().unwrap().decision.as_mut().unwrap().value = DecisionValue::Committed,
-            |m| m.status.as_mut().unwrap().conditions.retain(|c| c.type_ != cond::ADMITTED),
+            |m| {
+                m.status
+                    .as_mut()
+                    .unwrap()
+                    .conditions
+                    .retain(|c| c.type_ != cond::ADMITTED)
+            },
             |m| m.status.as_mut().unwrap().attempt = None,
             |m| m.status.as_mut().unwrap().target.as_mut().unwrap().pod_uid = None,
             |m| m.status.as_mut().unwrap().source.as_mut().unwrap().pod_uid = None,
@@ -210,7 +224,11 @@ mod tests {
             assert!(!source_begins(&m, "a") && !target_begins(&m, "b"), "change {n}");
         }
         let mut m = ready();
-        m.status.as_mut().unwrap().conditions.retain(|c| c.type_ != cond::TARGET_READY);
+        m.status
+            .as_mut()
+            .unwrap()
+            .conditions
+            .retain(|c| c.type_ != cond::TARGET_READY);
         assert!(!source_begins(&m, "a") && target_begins(&m, "b"));
     }
 

@@ -26,7 +26,7 @@ const RETRY: Duration = Duration::from_millis(300);
 
 /// The decision of one migration.
 #[derive(Clone)]
-pub struct Decisions {
+pub(super) struct Decisions {
     client: Client,
     whose: Whose,
     /// Name and uid of the target pod: they tell what became of a migration whose object is gone.
@@ -36,7 +36,7 @@ pub struct Decisions {
 
 /// A final decision.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Decided {
+pub(super) enum Decided {
     /// The target runs.
     Committed,
     /// The source runs.
@@ -53,14 +53,19 @@ fn decided(known: Known) -> Option<Decided> {
 
 /// What an object says, where it is final.
 #[must_use]
-pub fn decided_in(migration: &ProcessMigration) -> Option<Decided> {
+pub(super) fn decided_in(migration: &ProcessMigration) -> Option<Decided> {
     decided(decision(migration))
 }
 
 impl Decisions {
     /// For a migration.
     #[must_use]
-    pub fn new(client: Client, whose: Whose, target_pod: Option<(String, String)>, generation: Option<i64>) -> Self {
+    pub(super) fn new(
+        client: Client,
+        whose: Whose,
+        target_pod: Option<(String, String)>,
+        generation: Option<i64>,
+    ) -> Self {
         Self {
             client,
             whose,
@@ -74,7 +79,7 @@ impl Decisions {
     }
 
     /// One look. `None`: undecided, or not known.
-    pub async fn look(&self) -> Option<Decided> {
+    pub(super) async fn look(&self) -> Option<Decided> {
         match tokio::time::timeout(DEADLINE, self.api().get_opt(&self.whose.name)).await {
             Ok(Ok(Some(m))) if m.metadata.uid.as_deref() == Some(self.whose.uid.as_str()) => decided_in(&m),
             Ok(Ok(_)) => self.without_object().await,
@@ -109,7 +114,7 @@ impl Decisions {
     }
 
     /// Waits until the decision is known to be final.
-    pub async fn wait(&self) -> Decided {
+    pub(super) async fn wait(&self) -> Decided {
         loop {
             if let Some(decided) = self.look().await {
                 return decided;
@@ -119,7 +124,7 @@ impl Decisions {
     }
 
     /// Aborts, if nobody has decided. Ends when the decision is known, whichever it is.
-    pub async fn abort(&self, by: Party, why: &Failed) -> Decided {
+    pub(super) async fn abort(&self, by: Party, why: &Failed) -> Decided {
         loop {
             let now = Timestamp::now().to_string();
             let message = condition::cut(&why.message, condition::MAX_MESSAGE);
@@ -140,7 +145,7 @@ impl Decisions {
 
     /// Commits, if nobody has decided: every container of the target is restored and held. Ends when the decision is known,
     /// whichever it is. THE POINT OF NO RETURN.
-    pub async fn commit(&self) -> Decided {
+    pub(super) async fn commit(&self) -> Decided {
         loop {
             let time = Timestamp::now();
             let restored = condition::build(

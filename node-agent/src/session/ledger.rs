@@ -18,7 +18,7 @@ use crate::{
 
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failed {
+pub(super) struct Failed {
     /// A reason of the API's vocabulary.
     pub reason: String,
     /// One sentence that names the cause.
@@ -27,7 +27,7 @@ pub struct Failed {
 
 impl Failed {
     /// With a reason and a sentence.
-    pub fn new(reason: Reason, message: impl Into<String>) -> Self {
+    pub(super) fn new(reason: Reason, message: impl Into<String>) -> Self {
         Self {
             reason: reason.as_str().to_owned(),
             message: message.into(),
@@ -35,7 +35,7 @@ impl Failed {
     }
 
     /// From an error with all its causes.
-    pub fn because(reason: Reason, error: &(dyn std::error::Error + 'static)) -> Self {
+    pub(super) fn because(reason: Reason, error: &(dyn std::error::Error + 'static)) -> Self {
         Self::new(reason, crate::error::chain(error))
     }
 }
@@ -48,7 +48,7 @@ impl fmt::Display for Failed {
 
 /// Says when a session is to give up, and why. The first reason stays.
 #[derive(Clone, Debug)]
-pub struct Stop(Arc<watch::Sender<Option<Failed>>>);
+pub(super) struct Stop(Arc<watch::Sender<Option<Failed>>>);
 
 impl Default for Stop {
     fn default() -> Self {
@@ -58,7 +58,7 @@ impl Default for Stop {
 
 impl Stop {
     /// Gives up.
-    pub fn give_up(&self, why: Failed) {
+    pub(super) fn give_up(&self, why: Failed) {
         self.0.send_if_modified(|slot| {
             let first = slot.is_none();
             if first {
@@ -70,12 +70,12 @@ impl Stop {
 
     /// Why, if so.
     #[must_use]
-    pub fn reason(&self) -> Option<Failed> {
+    pub(super) fn reason(&self) -> Option<Failed> {
         self.0.borrow().clone()
     }
 
     /// Waits for it.
-    pub async fn wait(&self) -> Failed {
+    pub(super) async fn wait(&self) -> Failed {
         let mut receiver = self.0.subscribe();
         loop {
             if let Some(why) = receiver.borrow_and_update().clone() {
@@ -91,7 +91,7 @@ impl Stop {
 
 /// The journal of a session and what belongs to its steps.
 #[derive(Clone, Debug)]
-pub struct Ledger {
+pub(super) struct Ledger {
     journal: Arc<Mutex<Journal>>,
     faults: Faults,
     /// Why the forward steps are to stop.
@@ -101,7 +101,7 @@ pub struct Ledger {
 impl Ledger {
     /// For an open journal.
     #[must_use]
-    pub fn new(journal: Journal, faults: Faults) -> Self {
+    pub(super) fn new(journal: Journal, faults: Faults) -> Self {
         Self {
             journal: Arc::new(Mutex::new(journal)),
             faults,
@@ -111,7 +111,7 @@ impl Ledger {
 
     /// All records.
     #[must_use]
-    pub fn records(&self) -> Vec<Record> {
+    pub(super) fn records(&self) -> Vec<Record> {
         self.journal
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
@@ -121,7 +121,7 @@ impl Ledger {
 
     /// Whether a step has begun.
     #[must_use]
-    pub fn has_begun(&self, step: Step) -> bool {
+    pub(super) fn has_begun(&self, step: Step) -> bool {
         self.records().contains(&Record::Begin { step })
     }
 
@@ -129,7 +129,7 @@ impl Ledger {
     ///
     /// # Errors
     /// The disk refuses: then nothing may be done that the record announces.
-    pub async fn record(&self, record: Record) -> Result<(), Failed> {
+    pub(super) async fn record(&self, record: Record) -> Result<(), Failed> {
         let journal = self.journal.clone();
         let written = blocking(move || journal.lock().unwrap_or_else(PoisonError::into_inner).append(record)).await?;
         written.map_err(|e| Failed::because(Reason::StepFailed, &e))
@@ -139,7 +139,11 @@ impl Ledger {
     ///
     /// # Errors
     /// Its own, its deadline's, or why the session is to stop.
-    pub async fn forward<T>(&self, step: Step, work: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
+    pub(super) async fn forward<T>(
+        &self,
+        step: Step,
+        work: impl Future<Output = Result<T, Failed>>,
+    ) -> Result<T, Failed> {
         if let Some(why) = self.stop.reason() {
             return Err(why);
         }
@@ -150,7 +154,7 @@ impl Ledger {
     ///
     /// # Errors
     /// Its own or its deadline's.
-    pub async fn must<T>(&self, step: Step, work: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
+    pub(super) async fn must<T>(&self, step: Step, work: impl Future<Output = Result<T, Failed>>) -> Result<T, Failed> {
         self.run(step, false, work).await
     }
 
@@ -223,7 +227,7 @@ impl Ledger {
 ///
 /// # Errors
 /// It panicked.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failed> {
+pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Failed> {
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| Failed::because(Reason::StepFailed, &e))

@@ -31,7 +31,7 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What this node says of a migration.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Half {
+pub(super) struct Half {
     /// As source; the three identifying fields are the operator's and stay empty.
     pub source: SourceStatus,
     /// As target, likewise.
@@ -45,7 +45,7 @@ pub struct Half {
 impl Half {
     /// What is stored of this role.
     #[must_use]
-    pub fn stored(migration: &ProcessMigration, role: Role) -> Self {
+    pub(super) fn stored(migration: &ProcessMigration, role: Role) -> Self {
         let Some(status) = &migration.status else {
             return Self::default();
         };
@@ -85,7 +85,7 @@ impl Half {
     }
 
     /// Sets a condition of this role.
-    pub fn set(&mut self, type_: &str, status: Status, reason: Reason, message: &str, generation: Option<i64>) {
+    pub(super) fn set(&mut self, type_: &str, status: Status, reason: Reason, message: &str, generation: Option<i64>) {
         let now = k8s_openapi::jiff::Timestamp::now();
         let new = condition::build(&self.conditions, type_, status, reason, message, generation, now);
         match self.conditions.iter_mut().find(|c| c.type_ == type_) {
@@ -112,7 +112,7 @@ impl Half {
 
 /// Whose status it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Whose {
+pub(super) struct Whose {
     /// Namespace of the migration.
     pub namespace: String,
     /// Its name.
@@ -123,7 +123,7 @@ pub struct Whose {
 
 /// The writer of one half.
 #[derive(Clone, Debug)]
-pub struct Publisher {
+pub(super) struct Publisher {
     wanted: Arc<watch::Sender<Half>>,
     written: watch::Receiver<Outcome>,
     /// Generation of the spec that this half answers.
@@ -142,7 +142,7 @@ struct Outcome {
 impl Publisher {
     /// Starts the writer; it ends when the last handle is gone.
     #[must_use]
-    pub fn start(client: &Client, whose: Whose, role: Role, start: Half, generation: Option<i64>) -> Self {
+    pub(super) fn start(client: &Client, whose: Whose, role: Role, start: Half, generation: Option<i64>) -> Self {
         let (outcome, written) = watch::channel(Outcome {
             half: Some(start.clone()),
             gone: false,
@@ -158,7 +158,7 @@ impl Publisher {
     }
 
     /// Changes what the half is to be; the write follows by itself.
-    pub fn change(&self, change: impl FnOnce(&mut Half)) {
+    pub(super) fn change(&self, change: impl FnOnce(&mut Half)) {
         self.wanted.send_if_modified(|half| {
             let before = half.clone();
             change(half);
@@ -167,12 +167,12 @@ impl Publisher {
     }
 
     /// Sets a condition.
-    pub fn condition(&self, type_: &str, status: Status, reason: Reason, message: &str) {
+    pub(super) fn condition(&self, type_: &str, status: Status, reason: Reason, message: &str) {
         self.change(|half| half.set(type_, status, reason, message, self.generation));
     }
 
     /// Waits until everything that was changed so far is stored. False: the object is gone.
-    pub async fn stored(&self) -> bool {
+    pub(super) async fn stored(&self) -> bool {
         let wanted = self.wanted.borrow().clone();
         let mut written = self.written.clone();
         match written.wait_for(|o| o.gone || o.half.as_ref() == Some(&wanted)).await {

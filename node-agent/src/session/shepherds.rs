@@ -18,7 +18,7 @@ use tokio::{
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
+pub(super) enum Error {
     /// A file.
     #[error("failed to {0} {1}")]
     File(&'static str, PathBuf, #[source] io::Error),
@@ -62,7 +62,7 @@ fn private_folder(path: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn write_hand_offs(hand_offs: &[HandOff]) -> Result<(), Error> {
+pub(super) fn write_hand_offs(hand_offs: &[HandOff]) -> Result<(), Error> {
     for hand_off in hand_offs {
         let folder = folder_of(&hand_off.pod_uid)?.join(plain(&hand_off.container)?);
         private_folder(&folder)?;
@@ -90,7 +90,7 @@ pub fn write_hand_offs(hand_offs: &[HandOff]) -> Result<(), Error> {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn mark_aborted(pod_uid: &str) -> Result<(), Error> {
+pub(super) fn mark_aborted(pod_uid: &str) -> Result<(), Error> {
     let folder = folder_of(pod_uid)?;
     private_folder(&folder)?;
     let marker = folder.join(HAND_OFF_ABORTED);
@@ -112,7 +112,7 @@ pub fn mark_aborted(pod_uid: &str) -> Result<(), Error> {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn remove_hand_offs(pod_uid: &str) -> Result<(), Error> {
+pub(super) fn remove_hand_offs(pod_uid: &str) -> Result<(), Error> {
     let folder = folder_of(pod_uid)?;
     match fs::remove_dir_all(&folder) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::File("remove", folder, e)),
@@ -124,7 +124,7 @@ pub fn remove_hand_offs(pod_uid: &str) -> Result<(), Error> {
 ///
 /// # Errors
 /// The folder cannot be read. A report that is not valid is passed over: it is not ours, or not complete yet.
-pub fn standing(pod_uid: &str, migration_uid: &str) -> Result<Vec<ShepherdReport>, Error> {
+pub(super) fn standing(pod_uid: &str, migration_uid: &str) -> Result<Vec<ShepherdReport>, Error> {
     let folder = Path::new(SHEPHERD_DIR);
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -151,7 +151,7 @@ pub fn standing(pod_uid: &str, migration_uid: &str) -> Result<Vec<ShepherdReport
 ///
 /// # Errors
 /// See [`Error`]; what was asked may have happened.
-pub async fn ask(container_id: &str, request: &Request, within: Duration) -> Result<State, Error> {
+pub(super) async fn ask(container_id: &str, request: &Request, within: Duration) -> Result<State, Error> {
     let path = Path::new(SHEPHERD_DIR).join(plain(container_id)?).join(SHEPHERD_SOCKET);
     let id = || container_id.to_owned();
     let socket = |e| Error::Socket(id(), e);
