@@ -36,9 +36,15 @@ pub(crate) fn base() -> Result<PathBuf> {
     Ok(Path::new(OWN_MOUNT).join(NAME))
 }
 
+/// The folder of all our cgroups, if it is there.
+pub(crate) fn existing() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    Some(mounted(&mounts)?.join(NAME)).filter(|path| path.exists())
+}
+
 /// Removes the folder of all our cgroups if it is empty.
 pub(crate) fn tidy() {
-    if let Ok(base) = base() {
+    if let Some(base) = existing() {
         fs::remove_dir(base).ok();
     }
 }

@@ -156,6 +156,16 @@ pub(super) fn probe(parts: &Parts) -> Result<()> {
             "add table bridge t\nadd chain bridge t c { type filter hook forward priority 0; }\n",
         ),
     ];
+    let bridged = std::path::Path::new("/proc/sys/net/bridge");
+    if !bridged.exists() {
+        // The answer of a Service to a pod of the same node passes the bridge only: without this its address is not translated back.
+        std::process::Command::new("modprobe").arg("br_netfilter").status().ok();
+        if !bridged.exists() {
+            bail!(
+                "this kernel lacks br_netfilter, which Services need on one node: load the module or boot a kernel that has it"
+            );
+        }
+    }
     netns::within_scratch(|| {
         for (what, program, batch) in tries {
             run(parts, program, batch).with_context(|| format!("this kernel lacks {what}, which the nodes' network needs: load the module or boot a kernel that has it"))?;
