@@ -130,15 +130,23 @@ fn placed(draft: &mut Draft<'_>, target: &Pod) -> Result<(), Cause> {
     Ok(())
 }
 
+/// Steps of the source's agent before the pod is frozen.
+const BEFORE_FREEZE: &[&str] = &["source.reserve", "source.connect"];
+/// The step of the target's agent in which it takes the decision.
+pub const COMMIT_STEP: &str = "target.commit";
+
 /// The phase that people see, from what the agents have reported.
 #[must_use]
 pub fn phase(status: &ProcessMigrationStatus) -> Phase {
-    let source_step = status.source.as_ref().and_then(|s| s.step.as_ref());
-    if is_true(&status.conditions, cond::RESTORED) {
+    let source_step = status.source.as_ref().and_then(|s| s.step.as_deref());
+    let target_step = status.target.as_ref().and_then(|t| t.step.as_deref());
+    if is_true(&status.conditions, cond::RESTORED) || target_step == Some(COMMIT_STEP) {
         Phase::Committing
     } else if is_true(&status.conditions, cond::MEMORY_SYNCED) {
         Phase::Restoring
-    } else if is_true(&status.conditions, cond::TARGET_READY) && source_step.is_some() {
+    } else if is_true(&status.conditions, cond::TARGET_READY)
+        && source_step.is_some_and(|step| !BEFORE_FREEZE.contains(&step))
+    {
         Phase::Freezing
     } else {
         Phase::Preparing

@@ -3,7 +3,7 @@
 use crds::Reason;
 use crds::condition::{Status, find};
 use crds::process_migration::{Phase, ProcessMigrationStatus, cond};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 
 use super::draft::Draft;
@@ -45,6 +45,9 @@ pub fn decide(world: &World) -> Decision {
             since,
         };
         draft.wait(&wait, over);
+        if world.now < since + UNSAID {
+            draft.wake_at(since + UNSAID);
+        }
         return draft.done();
     }
     let (phase, message) = outcome(world, &draft.status, &cause);
@@ -115,9 +118,16 @@ pub fn deletion(world: &World, victim: &Pod, since: Timestamp, grace: Option<u32
     })
 }
 
+/// An agent says what it does a little after it began: it may have frozen the pod when nothing is said yet.
+const UNSAID: SignedDuration = SignedDuration::from_secs(3);
+
 /// Whether the source is known to run, or there is nothing that could be waited for.
 fn source_runs(world: &World, status: &ProcessMigrationStatus) -> bool {
-    let touched = status.source.as_ref().is_some_and(|s| s.step.is_some())
+    let aborted = status.decision.as_ref().and_then(|d| d.time.as_ref());
+    let may_have_begun =
+        find(&status.conditions, cond::TARGET_READY).is_some() && aborted.is_some_and(|at| world.now < at.0 + UNSAID);
+    let touched = may_have_begun
+        || status.source.as_ref().is_some_and(|s| s.step.is_some())
         || find(&status.conditions, cond::MEMORY_SYNCED).is_some();
     let said = find(&status.conditions, cond::SOURCE_RELEASED).is_some();
     let node = status.source.as_ref().and_then(|s| s.node_name.as_deref());

@@ -366,7 +366,8 @@ fn cancel_and_deletion_work_at_every_step_before_the_commit_and_at_none_after() 
             } else {
                 cluster.user_cancels()
             }
-            for _ in 0..4 {
+            for _ in 0..5 {
+                cluster.pass_time(1);
                 cluster.settle();
                 cluster.kubelets_end();
                 cluster.agents_conclude();
@@ -391,7 +392,8 @@ fn cancel_and_deletion_work_at_every_step_before_the_commit_and_at_none_after() 
         } else {
             cluster.user_cancels()
         }
-        for _ in 0..4 {
+        for _ in 0..5 {
+            cluster.pass_time(1);
             cluster.settle();
             cluster.kubelets_end();
             cluster.agents_conclude();
@@ -407,7 +409,8 @@ fn a_pod_that_its_user_deletes_is_nowhere_before_the_commit_and_on_the_target_af
         let mut cluster = Cluster::new(json!({}));
         cluster.until(step);
         cluster.user_deletes_source();
-        for _ in 0..4 {
+        for _ in 0..5 {
+            cluster.pass_time(1);
             cluster.settle();
             cluster.agents_conclude();
             cluster.kubelets_end();
@@ -495,7 +498,8 @@ fn each_loss_before_the_commit_has_its_reason() {
         let mut cluster = Cluster::new(json!({}));
         cluster.until(step);
         event(&mut cluster);
-        for _ in 0..4 {
+        for _ in 0..5 {
+            cluster.pass_time(1);
             cluster.settle();
             cluster.kubelets_end();
             cluster.agents_conclude();

@@ -107,11 +107,17 @@ pub fn of_moving(world: &World) -> Wait {
         .as_ref()
         .and_then(|s| s.node_name.as_deref())
         .unwrap_or("?");
+    let target_step = status.target.as_ref().and_then(|t| t.step.as_deref());
+    if target_step == Some(super::moving::COMMIT_STEP) {
+        return wait(
+            Reason::DecisionUnknown,
+            format!("the processes are held on node {node}; waiting for its node-agent to learn the decision"),
+        );
+    }
     if is_true(&status.conditions, cond::MEMORY_SYNCED) {
-        let step = status.target.as_ref().and_then(|t| t.step.as_deref());
         return wait(
             Reason::WaitingForRestore,
-            match step {
+            match target_step {
                 Some(step) => {
                     format!("waiting for node {node} to restore the processes and to take the decision (step {step})")
                 }

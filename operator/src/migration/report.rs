@@ -175,11 +175,14 @@ fn sentence(world: &World, view: &View, phase: Phase) -> String {
         Phase::Queued => {
             find(&view.conditions, cond::ADMITTED).map_or_else(|| "waiting".to_owned(), |c| c.message.clone())
         }
-        Phase::Preparing => "the target pod is being prepared".to_owned(),
+        Phase::Preparing => format!("a target pod for pod {pod} is being prepared"),
         Phase::Copying => format!("memory is being copied from node {from} to node {to}"),
         Phase::Freezing => format!("pod {pod} is frozen and sent from node {from} to node {to}"),
         Phase::Restoring => format!("the processes are being restored on node {to}"),
         Phase::Committing => "the decision is being taken".to_owned(),
+        Phase::Finalizing if world.is_cold() => {
+            format!("the new pod is Ready on node {to}; the old one is being ended")
+        }
         Phase::Finalizing => format!("committed: the processes run on node {to}; the source is being ended"),
         Phase::Succeeded | Phase::RolledBack | Phase::Canceled | Phase::Failed => "finished".to_owned(),
     }

@@ -1,3 +1,4 @@
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
 //! An operator against a real API server, with nodes, kubelets, scheduler and agents played by the test. A namespace and a
 //! set of nodes of its own for each scenario.
 
