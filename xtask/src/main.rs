@@ -59,7 +59,12 @@ fn run(arguments: &[String]) -> Result<ExitCode> {
 /// Builds the harness and becomes it, so that signals and the exit code are its own.
 fn harness(arguments: &[String]) -> Result<ExitCode> {
     let root = repository::root();
-    repository::build_harness(&root)?;
+    // A cluster that is up has been built before: its other verbs print what their command prints, and nothing else.
+    let progress = match arguments {
+        [verb, what, ..] if verb == "cluster" && what != "up" => repository::Progress::Hidden,
+        _ => repository::Progress::Shown,
+    };
+    repository::build_harness(&root, progress)?;
     let program = repository::program("peregrine-e2e")?;
     let error = Command::new(&program)
         .args(arguments)

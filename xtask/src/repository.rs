@@ -17,15 +17,25 @@ pub(crate) fn program(name: &str) -> Result<PathBuf> {
     Ok(own.with_file_name(name))
 }
 
+/// Whether cargo says what it is doing; errors are always shown.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Progress {
+    /// As usual.
+    Shown,
+    /// Not a word.
+    Hidden,
+}
+
 /// Builds `peregrine-e2e` and the programs that it puts on the cluster, in one go: a build of each alone would compile the
 /// dependencies again, with other features. Cargo's own progress goes to standard error, where it disturbs no output that is
 /// parsed.
-pub(crate) fn build_harness(root: &Path) -> Result<()> {
+pub(crate) fn build_harness(root: &Path, progress: Progress) -> Result<()> {
     let packages = ["e2e", "operator", "node-agent", "runtime"].map(|package| ["--package", package]);
     let status = cargo(root)
         .arg("build")
         .args(packages.as_flattened())
         .arg("--bins")
+        .args(matches!(progress, Progress::Hidden).then_some("--quiet"))
         .stdin(Stdio::null())
         .status()
         .context("failed to start cargo")?;

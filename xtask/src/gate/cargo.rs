@@ -74,11 +74,63 @@ pub(super) fn doc(root: &Path) -> Result<Outcome> {
 pub(super) fn tests(root: &Path, tally: &mut Tally) -> Result<Outcome> {
     let mut command = repository::cargo(root);
     command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
-    let (success, lines) = run(&mut command, "tests")?;
-    let suites = suites(&lines);
+    // Those that need an API server only say so here; they are counted where they have one.
+    count(&mut command, "tests", tally, |suite| !suite.name.contains(LIVE))
+}
+
+/// How files of tests end that need a real API server, and nothing else of a cluster.
+const LIVE: &str = "_live";
+
+/// The tests that need a real API server.
+pub(super) fn live(root: &Path, tally: &mut Tally) -> Result<Outcome> {
+    let names = live_tests(root)?;
+    if names.is_empty() {
+        return Ok(Outcome::Skipped("there are no such tests".to_owned()));
+    }
+    repository::build_harness(root, repository::Progress::Shown)?;
+    let mut command = Command::new(repository::program("peregrine-e2e")?);
+    let cargo = repository::cargo(root);
+    command
+        .current_dir(root)
+        .args(["api-server", "--"])
+        .arg(cargo.get_program());
+    command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
+    command.args(names.iter().flat_map(|name| ["--test", name]));
+    command.args(["--", "--test-threads", "1"]);
+    count(&mut command, "api", tally, |_| true)
+}
+
+/// Names of the files `*/tests/*_live.rs`.
+fn live_tests(root: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for member in std::fs::read_dir(root)
+        .with_context(|| format!("failed to list {}", root.display()))?
+        .flatten()
+    {
+        for test in std::fs::read_dir(member.path().join("tests"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
+            let path = test.path();
+            let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+            if path.extension().is_some_and(|extension| extension == "rs") && stem.ends_with(LIVE) {
+                names.push(stem.into_owned());
+            }
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Runs tests and counts them one by one.
+fn count(command: &mut Command, name: &str, tally: &mut Tally, counts: fn(&Suite) -> bool) -> Result<Outcome> {
+    let (success, lines) = run(command, name)?;
+    let mut suites = suites(&lines);
     if suites.is_empty() {
         return Ok(Outcome::Failed(tail(&lines)));
     }
+    suites.retain(counts);
     for suite in &suites {
         let parts = format!(
             "{} passed, {} failed, {} ignored",
@@ -89,17 +141,14 @@ pub(super) fn tests(root: &Path, tally: &mut Tally) -> Result<Outcome> {
     }
     let failed: usize = suites.iter().map(|suite| suite.failed).sum();
     if success {
-        Ok(Outcome::Counted)
-    } else {
-        // Failed tests are counted above; anything else that went wrong (a suite that does not build or crashed) counts here.
-        let interesting = failures(&lines);
-        if failed > 0 {
-            super::tally::line(&interesting);
-            Ok(Outcome::Counted)
-        } else {
-            Ok(Outcome::Failed(tail(&lines)))
-        }
+        return Ok(Outcome::Counted);
     }
+    // Failed tests are counted above; anything else that went wrong (a suite that does not build or crashed) counts here.
+    if failed == 0 {
+        return Ok(Outcome::Failed(tail(&lines)));
+    }
+    super::tally::line(&failures(&lines));
+    Ok(Outcome::Counted)
 }
 
 fn simple(command: &mut Command, name: &str) -> Result<Outcome> {

@@ -128,7 +128,7 @@ fn helm(root: &Path) -> Result<PathBuf> {
     {
         return Ok(helm);
     }
-    repository::build_harness(root)?;
+    repository::build_harness(root, repository::Progress::Shown)?;
     let output = Command::new(repository::program("peregrine-e2e")?)
         .args(["cluster", "helm-path"])
         .stdin(Stdio::null())

@@ -13,7 +13,7 @@ use super::tally::{self, Outcome, Tally};
 use crate::repository;
 
 pub(super) fn run(root: &Path, only: Option<&str>, tally: &mut Tally) -> Result<Outcome> {
-    repository::build_harness(root)?;
+    repository::build_harness(root, repository::Progress::Shown)?;
     let mut command = Command::new(repository::program("peregrine-e2e")?);
     command
         .arg("scenarios")
