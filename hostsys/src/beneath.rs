@@ -18,7 +18,7 @@ use nix::dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, RenameFlags, ResolveFlag, open, openat2, readlinkat, renameat2};
 use nix::sys::stat::{
-    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, fstatat, mkdirat, mknodat, utimensat,
+    FchmodatFlags, FileStat, Mode, SFlag, UtimensatFlags, fchmodat, fstat, mkdirat, mknodat, utimensat,
 };
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, LinkatFlags, Uid, UnlinkatFlags, fchownat, linkat, symlinkat, unlinkat};
@@ -287,7 +287,7 @@ impl Beneath {
     /// # Errors
     /// It does not exist, or a link is on the way.
     pub fn set_owner(&self, path: &Path, uid: u32, gid: u32) -> Result<(), Error> {
-        self.at_parent("set the owner of", path, |parent, name| {
+        self.at_name("set the owner of", path, |parent, name| {
             fchownat(
                 parent,
                 name,
@@ -304,11 +304,10 @@ impl Beneath {
     /// It does not exist, is a link, or a link is on the way.
     pub fn set_mode(&self, path: &Path, mode: u32) -> Result<(), Error> {
         let mode = Mode::from_bits_truncate(mode);
-        let (parent, name) = self.parent("set the mode of", path)?;
         let error = |errno: Errno| self.error("set the mode of", path, errno);
         // fchmodat2 came with Linux 6.6 and libc may lack it: go by a descriptor of the very file, which cannot be swapped.
         let fd = self.resolve_last_link("set the mode of", path)?;
-        let stat = fstatat(&parent, name.as_os_str(), AtFlags::AT_SYMLINK_NOFOLLOW).map_err(error)?;
+        let stat = fstat(&fd).map_err(error)?;
         if stat.st_mode & SFlag::S_IFMT.bits() == SFlag::S_IFLNK.bits() {
             return Err(error(Errno::ELOOP));
         }
@@ -321,7 +320,7 @@ impl Beneath {
     /// # Errors
     /// It does not exist, or a link is on the way.
     pub fn set_times(&self, path: &Path, accessed: TimeSpec, modified: TimeSpec) -> Result<(), Error> {
-        self.at_parent("set the times of", path, |parent, name| {
+        self.at_name("set the times of", path, |parent, name| {
             utimensat(parent, name, &accessed, &modified, UtimensatFlags::NoFollowSymlink)
         })
     }
@@ -435,6 +434,19 @@ impl Beneath {
     ) -> Result<(), Error> {
         let (parent, name) = self.parent(doing, path)?;
         work(parent.as_fd(), &name).map_err(|errno| self.error(doing, path, errno))
+    }
+
+    /// As [`Self::at_parent`], for what may also be done to the root itself (`.`).
+    fn at_name(
+        &self,
+        doing: &'static str,
+        path: &Path,
+        work: impl FnOnce(BorrowedFd<'_>, &OsStr) -> nix::Result<()>,
+    ) -> Result<(), Error> {
+        if path == Path::new(".") {
+            return work(self.fd.as_fd(), OsStr::new(".")).map_err(|errno| self.error(doing, path, errno));
+        }
+        self.at_parent(doing, path, work)
     }
 
     /// A path through the descriptor of the parent, for calls that have no `at` form.

@@ -377,3 +377,192 @@ impl Tree {
         Ok(self.root.set_times(path, time, time)?)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outbox::Outgoing;
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use protocol::migrate::FromSource;
+    use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+
+    /// Sends a tree and writes it, in this process.
+    fn carry(upper: &Path, merged: &Path, to: &Path) {
+        let (outbox, mut queue, pool) = Outbox::new();
+        let (upper, merged) = (upper.to_owned(), merged.to_owned());
+        let sender = std::thread::spawn(move || {
+            send(&upper, &merged, Place::Shm, &outbox, &AtomicBool::new(false)).unwrap();
+        });
+        let mut tree = Tree::open(to).unwrap();
+        while let Some(next) = queue.blocking_recv() {
+            match next {
+                Outgoing::Message(FromSource::Entry(entry)) => tree.entry(entry).unwrap(),
+                Outgoing::Message(FromSource::FileEnd { file, size }) => tree.end(file, size).unwrap(),
+                Outgoing::Message(other) => panic!("{other:?}"),
+                Outgoing::Piece {
+                    file,
+                    offset,
+                    buffer,
+                    len,
+                } => {
+                    let bytes = &buffer[outbox::HEAD..outbox::HEAD + len];
+                    tree.piece(file, offset, bytes).unwrap();
+                    pool.give_back(buffer);
+                }
+            }
+        }
+        sender.join().unwrap();
+        tree.finish().unwrap();
+    }
+
+    /// Needs root: mounts two overlays with the same lower layer in a mount namespace of its own.
+    #[test]
+    fn host_what_a_container_changed_is_the_same_on_the_other_side() {
+        std::thread::spawn(|| {
+            let dir = std::env::temp_dir().join(format!("files-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&dir);
+            std::fs::create_dir_all(&dir).unwrap();
+            if nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS | nix::sched::CloneFlags::CLONE_FS).is_err() {
+                eprintln!("skipped: making a mount namespace needs root");
+                return;
+            }
+            mount(
+                None::<&str>,
+                "/",
+                None::<&str>,
+                MsFlags::MS_REC | MsFlags::MS_PRIVATE,
+                None::<&str>,
+            )
+            .unwrap();
+            // Overlay cannot be the upper layer of an overlay, and a test's folder may be on one.
+            mount(Some("t"), &dir, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            for folder in [
+                "lower/keep",
+                "lower/hide",
+                "lower/gone",
+                "ua",
+                "wa",
+                "a",
+                "ub",
+                "wb",
+                "b",
+            ] {
+                std::fs::create_dir_all(dir.join(folder)).unwrap();
+            }
+            for (name, text) in [
+                ("keep/f", "old"),
+                ("hide/under", "x"),
+                ("gone/deep", "x"),
+                ("removed", "x"),
+                ("was_file", "x"),
+            ] {
+                std::fs::write(dir.join("lower").join(name), text).unwrap();
+            }
+            for (upper, work, merged) in [("ua", "wa", "a"), ("ub", "wb", "b")] {
+                let d = dir.display();
+                let options = format!("lowerdir={d}/lower,upperdir={d}/{upper},workdir={d}/{work}");
+                mount(
+                    Some("o"),
+                    &dir.join(merged),
+                    Some("overlay"),
+                    MsFlags::empty(),
+                    Some(options.as_str()),
+                )
+                .unwrap();
+            }
+            let a = dir.join("a");
+            std::fs::write(a.join("keep/f"), "new").unwrap();
+            std::fs::set_permissions(a.join("keep/f"), std::fs::Permissions::from_mode(0o4751)).unwrap();
+            std::os::unix::fs::chown(a.join("keep/f"), Some(12), Some(34)).unwrap();
+            std::fs::set_permissions(a.join("keep/f"), std::fs::Permissions::from_mode(0o4751)).unwrap();
+            std::fs::remove_file(a.join("removed")).unwrap();
+            std::fs::remove_dir_all(a.join("gone")).unwrap();
+            std::fs::remove_dir_all(a.join("hide")).unwrap();
+            std::fs::create_dir(a.join("hide")).unwrap();
+            std::fs::write(a.join("hide/other"), "y").unwrap();
+            std::fs::remove_file(a.join("was_file")).unwrap();
+            std::fs::create_dir(a.join("was_file")).unwrap();
+            std::fs::write(a.join("one"), "linked").unwrap();
+            std::fs::hard_link(a.join("one"), a.join("two")).unwrap();
+            symlink("/etc/passwd", a.join("link")).unwrap();
+            nix::unistd::mkfifo(&a.join("fifo"), nix::sys::stat::Mode::from_bits_truncate(0o640)).unwrap();
+            let _socket = std::os::unix::net::UnixListener::bind(a.join("socket")).unwrap();
+            let sparse = File::create(a.join("sparse")).unwrap();
+            sparse.write_all_at(b"head", 0).unwrap();
+            sparse.write_all_at(b"middle", 5 << 20).unwrap();
+            sparse.set_len(64 << 20).unwrap();
+            std::fs::write(a.join("big"), vec![7; 3 * outbox::PIECE + 5]).unwrap();
+            let attributes = Beneath::open(&a).unwrap();
+            attributes
+                .set_attribute(Path::new("big"), OsStr::new("user.note"), b"\0\xff%")
+                .unwrap();
+            let old = TimeSpec::new(1_000_000_000, 5);
+            attributes.set_times(Path::new("keep"), old, old).unwrap();
+
+            carry(&dir.join("ua"), &a, &dir.join("b"));
+            let b = dir.join("b");
+            assert_eq!(std::fs::read_to_string(b.join("keep/f")).unwrap(), "new");
+            let f = std::fs::metadata(b.join("keep/f")).unwrap();
+            assert_eq!((f.mode() & 0o7777, f.uid(), f.gid()), (0o4751, 12, 34));
+            for gone in ["removed", "gone", "hide/under"] {
+                assert!(!b.join(gone).exists(), "{gone}");
+            }
+            assert_eq!(std::fs::read_to_string(b.join("hide/other")).unwrap(), "y");
+            assert!(b.join("was_file").is_dir());
+            let ino = |n: &str| std::fs::metadata(b.join(n)).unwrap().ino();
+            assert_eq!(ino("one"), ino("two"));
+            assert_eq!(std::fs::read_link(b.join("link")).unwrap(), Path::new("/etc/passwd"));
+            let kind = |n: &str| std::fs::symlink_metadata(b.join(n)).unwrap().file_type();
+            assert!(kind("fifo").is_fifo() && kind("socket").is_socket());
+            let sparse = std::fs::metadata(b.join("sparse")).unwrap();
+            assert_eq!(sparse.len(), 64 << 20);
+            assert!(sparse.blocks() * 512 < 1 << 20, "{} blocks", sparse.blocks());
+            assert_eq!(
+                std::fs::read(b.join("sparse")).unwrap(),
+                std::fs::read(a.join("sparse")).unwrap()
+            );
+            assert_eq!(
+                std::fs::read(b.join("big")).unwrap(),
+                std::fs::read(a.join("big")).unwrap()
+            );
+            let there = Beneath::open(&b).unwrap();
+            assert_eq!(
+                there
+                    .attribute(Path::new("big"), OsStr::new("user.note"))
+                    .unwrap()
+                    .as_deref(),
+                Some(&b"\0\xff%"[..])
+            );
+            assert_eq!(std::fs::metadata(b.join("keep")).unwrap().mtime(), 1_000_000_000);
+            // Nothing else came along.
+            let list = |p: &Path| Beneath::open(p).unwrap().list(Path::new(".")).unwrap().len();
+            assert_eq!(list(&a), list(&b));
+            umount2(&dir, MntFlags::MNT_DETACH).unwrap();
+        })
+        .join()
+        .unwrap();
+        let _ = std::fs::remove_dir(std::env::temp_dir().join(format!("files-{}", std::process::id())));
+    }
+
+    #[test]
+    fn a_path_through_a_link_is_refused() {
+        let dir = std::env::temp_dir().join(format!("files-link-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&dir);
+        std::fs::create_dir_all(dir.join("tree")).unwrap();
+        std::fs::create_dir_all(dir.join("outside")).unwrap();
+        let mut tree = Tree::open(&dir.join("tree")).unwrap();
+        let meta = Some(Meta::default());
+        let entry = |path: &str, kind| Entry {
+            place: Place::Shm,
+            path: path.into(),
+            kind,
+            meta: meta.clone(),
+        };
+        let out = Raw::from(dir.join("outside").as_os_str().as_bytes());
+        tree.entry(entry("way", EntryKind::Symlink { target: out })).ok();
+        assert!(tree.entry(entry("way/file", EntryKind::File { file: 0 })).is_err());
+        assert!(tree.entry(entry("way/dir", EntryKind::Dir { opaque: true })).is_err());
+        assert_eq!(std::fs::read_dir(dir.join("outside")).unwrap().count(), 0);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

@@ -54,7 +54,7 @@ use crate::{
     files::{self, Tree},
     holding, journal,
     journal::{Record, Start, TargetContainer},
-    peer::{Event, FromSourceSide},
+    peer::{self, Event, FromSourceSide},
 };
 
 /// How long the kubelet may take to call `create` for every container.
@@ -508,17 +508,24 @@ impl Attempt {
         say(&link.say, FromTarget::ManifestAccepted).await?;
 
         say_step(task, Step::TargetReceive);
-        let receive = self.receive(ledger, link, &room, &place, &order);
+        let (_, nothing) = mpsc::channel(1);
+        let events = std::mem::replace(&mut link.events, nothing);
+        let incoming = Incoming {
+            events,
+            spare: link.spare.clone(),
+            end: link.end.clone(),
+        };
+        self.link = Some(link);
+        let receive = self.receive(ledger, incoming, &room, &place, &order);
         let (received, frozen_at) = ledger.forward(Step::TargetReceive, receive).await?;
         facts = received.facts;
         self.frozen_at = Some(frozen_at);
-        self.link = Some(received.link);
+        follow_source(received.events, ledger);
         let received_milliseconds = millis(frozen_at);
         task.publish(|half| half.target.received_milliseconds = Some(received_milliseconds));
         if let Some(say_to) = &self.say {
             say(say_to, FromTarget::Received).await.ok();
         }
-        self.follow_source(ledger);
 
         say_step(task, Step::TargetPrepareNetwork);
         ledger
@@ -697,7 +704,7 @@ impl Attempt {
     async fn receive(
         &mut self,
         ledger: &Ledger,
-        link: FromSourceSide,
+        incoming: Incoming,
         room: &Room,
         place: &Ground,
         order: &[usize],
@@ -713,7 +720,7 @@ impl Attempt {
         };
         let room = room.clone();
         let count = order.len();
-        let end = link.end.clone();
+        let end = incoming.end.clone();
         // Dropping the sender of this channel ends the writer between two pieces.
         let (go_on, stopped) = std::sync::mpsc::channel::<()>();
         let mut writer = tokio::task::spawn_blocking(move || {
@@ -721,13 +728,13 @@ impl Attempt {
                 room.make_folders(place)
                     .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
             }
-            write_all(link, &targets, &stopped)
+            write_all(incoming, &targets, &stopped)
         });
         let joined = tokio::select! {
             joined = &mut writer => joined,
             why = ledger.stop.wait() => {
                 drop(go_on);
-                // Nothing may still be written when the target is destroyed. The source speaks every few seconds.
+                // Nothing may still be written when the target is destroyed.
                 let _ = writer.await;
                 return Err(why);
             }
@@ -739,21 +746,6 @@ impl Attempt {
             }
             _ => why,
         })
-    }
-
-    /// From here on the source only lives or abandons. If it is lost, the target still commits: that is why it has everything.
-    fn follow_source(&mut self, ledger: &Ledger) {
-        let Some(link) = &mut self.link else { return };
-        let (_, nothing) = mpsc::channel(1);
-        let mut events = std::mem::replace(&mut link.events, nothing);
-        let stop = ledger.stop.clone();
-        tokio::spawn(async move {
-            while let Some(event) = events.recv().await {
-                if let Event::Message(machine::Output::Abandon { reason, message }) = event {
-                    stop.give_up(Failed { reason, message });
-                }
-            }
-        });
     }
 
     /// Every container is restored and held. THE POINT OF NO RETURN is inside.
@@ -783,6 +775,18 @@ impl Attempt {
             Err(why) => decisions.abort(Party::Target, &why).await,
         }
     }
+}
+
+/// From here on the source only lives or abandons. If it is lost, the target still commits: that is why it has everything.
+fn follow_source(mut events: mpsc::Receiver<Event>, ledger: &Ledger) {
+    let stop = ledger.stop.clone();
+    tokio::spawn(async move {
+        while let Some(event) = events.recv().await {
+            if let Event::Message(machine::Output::Abandon { reason, message }) = event {
+                stop.give_up(Failed { reason, message });
+            }
+        }
+    });
 }
 
 fn say_step(task: &Task, step: Step) {
@@ -851,9 +855,16 @@ struct Targets {
     shm: Option<PathBuf>,
 }
 
+/// What comes from the source. The connection itself stays with the session: it has to say how it ended.
+struct Incoming {
+    events: mpsc::Receiver<Event>,
+    spare: peer::Spare,
+    end: peer::End,
+}
+
 /// Everything has arrived.
 struct Received {
-    link: FromSourceSide,
+    events: mpsc::Receiver<Event>,
     facts: Facts,
 }
 
@@ -902,7 +913,7 @@ fn writing(error: &files::Error) -> Failed {
 
 /// Writes what comes until everything has arrived. Blocking.
 fn write_all(
-    mut link: FromSourceSide,
+    mut incoming: Incoming,
     targets: &Targets,
     go_on: &std::sync::mpsc::Receiver<()>,
 ) -> Result<(Received, Instant), Failed> {
@@ -917,10 +928,23 @@ fn write_all(
         if matches!(go_on.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
             return Err(Failed::new(Reason::TransferFailed, "the copy was given up"));
         }
-        let Some(event) = link.events.blocking_recv() else {
+        let next = match incoming.events.try_recv() {
+            Ok(event) => Some(event),
+            Err(mpsc::error::TryRecvError::Disconnected) => None,
+            // Now and then a look whether to go on.
+            Err(mpsc::error::TryRecvError::Empty) => {
+                let wait = async { tokio::time::timeout(LOOK, incoming.events.recv()).await };
+                match tokio::runtime::Handle::current().block_on(wait) {
+                    Ok(next) => next,
+                    Err(_) => continue,
+                }
+            }
+        };
+        let Some(event) = next else {
             return Err(Failed::new(
                 Reason::TransferFailed,
-                link.end
+                incoming
+                    .end
                     .reason()
                     .unwrap_or_else(|| "the connection to the source was lost".into()),
             ));
@@ -937,7 +961,7 @@ fn write_all(
                     .of_file(file)?
                     .piece(file, offset, bytes)
                     .map_err(|e| writing(&e))?;
-                link.spare.give_back(buffer);
+                incoming.spare.give_back(buffer);
             }
             Event::Message(machine::Output::Entry(entry)) => {
                 let index = trees.index(entry.place)?;
@@ -958,7 +982,8 @@ fn write_all(
                     tree.finish().map_err(|e| writing(&e))?;
                 }
                 let facts = facts.unwrap_or_default();
-                return Ok((Received { link, facts }, frozen_at.unwrap_or_else(Instant::now)));
+                let events = incoming.events;
+                return Ok((Received { events, facts }, frozen_at.unwrap_or_else(Instant::now)));
             }
             Event::Message(
                 machine::Output::Offer(_)
