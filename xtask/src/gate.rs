@@ -51,6 +51,10 @@ const CHECKS: &[Check] = &[
         run: cargo::tests,
     },
     Check {
+        name: "api",
+        run: cargo::live,
+    },
+    Check {
         name: "chart",
         run: |root, _| chart::run(root),
     },

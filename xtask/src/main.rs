@@ -8,7 +8,7 @@ mod repository;
 mod style;
 
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
@@ -65,10 +65,6 @@ fn harness(arguments: &[String]) -> Result<ExitCode> {
         _ => repository::Progress::Shown,
     };
     repository::build_harness(&root, progress)?;
-    let program = repository::program("peregrine-e2e")?;
-    let error = Command::new(&program)
-        .args(arguments)
-        .env(repository::BUILT.0, repository::BUILT.1)
-        .exec();
-    Err(error).with_context(|| format!("failed to start {}", program.display()))
+    let error = repository::harness()?.args(arguments).exec();
+    Err(error).context("failed to start the harness")
 }

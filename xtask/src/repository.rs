@@ -12,7 +12,7 @@ pub(crate) fn root() -> PathBuf {
 }
 
 /// A program of this workspace: they all lie in the folder in which this one lies.
-pub(crate) fn program(name: &str) -> Result<PathBuf> {
+fn program(name: &str) -> Result<PathBuf> {
     let own = std::env::current_exe().context("failed to find this program's own path")?;
     Ok(own.with_file_name(name))
 }
@@ -43,18 +43,28 @@ pub(crate) fn build_harness(root: &Path, progress: Progress) -> Result<()> {
     Ok(())
 }
 
-/// Tells the harness that [`build_harness`] has run.
-pub(crate) const BUILT: (&str, &str) = ("PEREGRINE_E2E_BUILT", "1");
-
 /// The cargo that runs us, in the checkout.
 pub(crate) fn cargo(root: &Path) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root);
-    // What cargo sets for this program would make other packages look changed.
+    clean(&mut command);
+    command
+}
+
+/// Removes what cargo sets for this program: to build scripts of other packages it would look like a change.
+pub(crate) fn clean(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR" {
             command.env_remove(name);
         }
     }
-    command
+}
+
+/// A program of the harness, which [`build_harness`] has just built.
+pub(crate) fn harness() -> Result<Command> {
+    let mut command = Command::new(program("peregrine-e2e")?);
+    clean(&mut command);
+    // It need not look again whether its programs are up to date.
+    command.env("PEREGRINE_E2E_BUILT", "1");
+    Ok(command)
 }

@@ -88,7 +88,7 @@ pub(super) fn live(root: &Path, tally: &mut Tally) -> Result<Outcome> {
         return Ok(Outcome::Skipped("there are no such tests".to_owned()));
     }
     repository::build_harness(root, repository::Progress::Shown)?;
-    let mut command = Command::new(repository::program("peregrine-e2e")?);
+    let mut command = repository::harness()?;
     let cargo = repository::cargo(root);
     command
         .current_dir(root)

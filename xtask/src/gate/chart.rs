@@ -129,7 +129,7 @@ fn helm(root: &Path) -> Result<PathBuf> {
         return Ok(helm);
     }
     repository::build_harness(root, repository::Progress::Shown)?;
-    let output = Command::new(repository::program("peregrine-e2e")?)
+    let output = repository::harness()?
         .args(["cluster", "helm-path"])
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())

@@ -4,7 +4,7 @@
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result};
@@ -14,13 +14,12 @@ use crate::repository;
 
 pub(super) fn run(root: &Path, only: Option<&str>, tally: &mut Tally) -> Result<Outcome> {
     repository::build_harness(root, repository::Progress::Shown)?;
-    let mut command = Command::new(repository::program("peregrine-e2e")?);
+    let mut command = repository::harness()?;
     command
         .arg("scenarios")
         .args(only.map(|name| ["--only", name]).into_iter().flatten());
     let mut child = command
         .current_dir(root)
-        .env(repository::BUILT.0, repository::BUILT.1)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .spawn()

@@ -104,10 +104,11 @@ fn manifest(path: &Path) -> Result<Table> {
 fn uses(rule: &Rule, members: &[&str], manifest: &Table) -> Vec<String> {
     let mut complaints = Vec::new();
     let name = rule.name;
-    if !manifest
+    if manifest
         .get("lints")
         .and_then(|l| l.get("workspace"))
-        .is_some_and(|w| w.as_bool() == Some(true))
+        .and_then(toml::Value::as_bool)
+        != Some(true)
     {
         complaints.push(format!("{name}/Cargo.toml lacks `[lints] workspace = true`"));
     }
