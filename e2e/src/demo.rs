@@ -75,7 +75,7 @@ fn play(settings: Settings, began: Instant) -> Result<ExitCode> {
     for (from, to) in [(&start, &other), (&other, &start)] {
         rows.push(one_move(&stage, &mut subject, from, to)?);
     }
-    let lives = stage.witnessed(NAME)?.map(|(_, lives)| lives).unwrap_or_default();
+    let lives = subject.lives(&stage)?.unwrap_or_default();
     let restarts = lives.len().saturating_sub(1);
     let intact = subject.check(&stage).and_then(|()| subject.check_access(&stage)).and_then(|()| invariants::one_life(&stage, &subject)).and_then(|()| invariants::exactly_one(&stage, &subject)).and_then(|()| invariants::nothing_left(&stage));
 

@@ -21,7 +21,7 @@ const CLEAN: Duration = Duration::from_secs(40);
 /// # Errors
 /// What was seen.
 pub fn one_life(stage: &Stage, subject: &Subject) -> Result<()> {
-    let Some((_, lives)) = stage.witnessed(&subject.name)? else { return Ok(()) };
+    let Some(lives) = subject.lives(stage)? else { return Ok(()) };
     for state in subject.known() {
         ensure!(lives.iter().any(|life| life.token == state.token), "the witness never heard of {}", state.token);
     }

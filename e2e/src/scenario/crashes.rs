@@ -169,7 +169,7 @@ fn crash_source(stage: &Stage, case: &str) -> Result<()> {
 
 /// I1 without the demand of a single life: a pod of a crashed machine may start again.
 fn no_doubles(stage: &Stage, subject: &Subject) -> Result<()> {
-    for life in stage.witnessed(&subject.name)?.map(|(_, lives)| lives).unwrap_or_default() {
+    for life in subject.lives(stage)?.unwrap_or_default() {
         ensure!(life.doubled == 0 && life.backward == 0, "two copies of {} ran: {} doubled, {} backward", life.token, life.doubled, life.backward);
     }
     Ok(())

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::stage::{NAMESPACE, Stage, output};
+use crate::witness::Life;
 
 /// How long a pod may take to be Ready.
 const READY: Duration = Duration::from_secs(60);
@@ -122,6 +123,8 @@ pub struct Subject {
     pub pod: String,
     containers: u16,
     known: Vec<State>,
+    /// When it was asked for, by the witness's clock.
+    born_ms: u64,
 }
 
 impl Subject {
@@ -131,9 +134,10 @@ impl Subject {
     /// If it does not come up.
     pub fn start(stage: &Stage, plan: &Plan) -> Result<Self> {
         let pod = plan.pod(&stage.images().workload.name(), stage.witness_address().as_deref());
+        let born_ms = stage.witnessed(&plan.name)?.map_or(0, |(now, _)| now);
         // A new namespace gets its service account a moment later.
         stage.wait("the pod to be accepted", READY, || stage.create::<Pod>(pod.clone()))?;
-        let mut subject = Self { name: plan.name.clone(), pod: plan.name.clone(), containers: plan.containers, known: Vec::new() };
+        let mut subject = Self { name: plan.name.clone(), pod: plan.name.clone(), containers: plan.containers, known: Vec::new(), born_ms };
         subject.wait_ready(stage)?;
         subject.known = subject.states(stage)?;
         subject.check(stage)?;
@@ -254,6 +258,14 @@ impl Subject {
             ensure!(text.contains(&marker), "the Service reached another process: {text}");
             Ok(())
         })
+    }
+
+    /// Its lives, as the witness saw them; not those of an earlier workload of the same name.
+    ///
+    /// # Errors
+    /// If the witness does not answer.
+    pub fn lives(&self, stage: &Stage) -> Result<Option<Vec<Life>>> {
+        Ok(stage.witnessed(&self.name)?.map(|(_, lives)| lives.into_iter().filter(|life| life.last_ms >= self.born_ms).collect()))
     }
 
     /// What was last known of its first container.
