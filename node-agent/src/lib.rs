@@ -7,6 +7,7 @@
 //! | [`context`] | the API client |
 //! | [`metrics`] | metrics |
 //! | [`node_status`] | MigrationNode and heartbeat |
+//! | [`preflight`] | looks at a pod before it is touched |
 //! | [`probe`] | what the node can do, by trying |
 //! | [`run`] | the agent's life |
 //! | [`watches`] | migrations of this node |
@@ -47,6 +48,7 @@ pub mod node_status;
 pub mod outbox;
 pub mod peer;
 pub mod pod_on_node;
+pub mod preflight;
 pub mod probe;
 pub mod run;
 pub mod session;

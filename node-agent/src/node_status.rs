@@ -31,6 +31,9 @@ use crate::probe::{self, Probe};
 const HEARTBEAT: Duration = Duration::from_secs(10);
 /// How long the operator waits for a renewal.
 const LEASE_SECONDS: i32 = 40;
+/// How long a starting agent collects what it finds before it says that it is not ready: what an earlier agent published
+/// still holds, and an agent that is replaced must not look like a node that is lost.
+const COLLECT: Duration = Duration::from_secs(15);
 /// Longest wait for one call of the API.
 const CALL: Duration = Duration::from_secs(10);
 
@@ -76,6 +79,13 @@ pub struct Known {
     pub identity: identity::State,
     /// Most bytes of checkpoints in memory.
     pub checkpoint_limit_bytes: u64,
+}
+
+/// Whether every part has spoken once.
+fn is_complete(known: &Known) -> bool {
+    known.installation != Installation::Pending
+        && known.probe.is_some()
+        && (known.identity.identity.is_some() || known.identity.problem.is_some())
 }
 
 /// Why the agent is not ready, all reasons; empty: it is.
@@ -195,6 +205,8 @@ fn same(a: &MigrationNodeStatus, b: &MigrationNodeStatus) -> bool {
 pub async fn publish(client: Client, about: About, mut known: watch::Receiver<Known>, metrics: Arc<Metrics>) {
     let mut published: Option<MigrationNodeStatus> = None;
     let mut failures = 0u32;
+    // Past the deadline, or without a sender: published as it is.
+    let _ = timeout(COLLECT, known.wait_for(is_complete)).await;
     loop {
         let snapshot = known.borrow_and_update().clone();
         match publish_once(&client, &about, &snapshot, &mut published).await {

@@ -21,12 +21,14 @@ use tokio::task::JoinSet;
 use crate::admin::{self, Admin};
 use crate::args::RunArgs;
 use crate::context;
+use crate::decide::assignment;
 use crate::fault::Faults;
 use crate::host::Host;
 use crate::identity::Keeper;
 use crate::install::keep::{self, MemoryShare};
 use crate::metrics::Metrics;
 use crate::node_status::{self, About, Known};
+use crate::preflight::Preflights;
 use crate::probe;
 use crate::session::{SessionContext, Sessions};
 use crate::watches::{self, Half, Seen};
@@ -90,6 +92,7 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
 
     let keeper = Keeper::new(client.clone(), about.node.clone(), about.namespace.clone());
     let (room, checkpoint_limit_bytes) = watch::channel(known.borrow().checkpoint_limit_bytes);
+    let preflight_limit = checkpoint_limit_bytes.clone();
     let sessions = Sessions::new(SessionContext {
         client: client.clone(),
         node: about.node.clone(),
@@ -110,17 +113,19 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
             .map_err(|e| Error::Listen(args.peer_port, e))?,
     };
     parts.spawn(sessions.clone().listen(peers));
+    let preflights = Arc::new(Preflights::new(
+        client.clone(),
+        about.node.clone(),
+        preflight_limit,
+        metrics.clone(),
+    ));
+    // Apart, because they end first.
+    let mut watched = JoinSet::new();
     for half in [Half::Source, Half::Target] {
-        let sessions = sessions.clone();
-        parts.spawn(watches::follow(
-            client.clone(),
-            about.node.clone(),
-            half,
-            move |seen| match seen {
-                Seen::Present(migration) => sessions.observe(&migration),
-                Seen::Gone(migration) => sessions.gone(migration.metadata.uid.as_deref().unwrap_or_default()),
-            },
-        ));
+        let (node, sessions, preflights) = (about.node.clone(), sessions.clone(), preflights.clone());
+        watched.spawn(watches::follow(client.clone(), about.node.clone(), half, move |seen| {
+            attend(&node, seen, &sessions, &preflights)
+        }));
     }
 
     let not_ready = watch::Sender::new(Some("starting".to_owned()));
@@ -174,7 +179,9 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
     };
     match ended {
         None => {
-            tracing::info!("leaving");
+            tracing::info!(sessions = sessions.active(), "leaving");
+            // No new work; heartbeat and identity go on until the last session is at rest.
+            watched.abort_all();
             sessions.shutdown(LEAVING).await;
             Ok(())
         }
@@ -182,6 +189,27 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
             Some(Err(error)) => error.to_string(),
             Some(Ok(())) | None => "without an error".to_owned(),
         })),
+    }
+}
+
+/// What an event of a watch means for sessions and preflights.
+fn attend(node: &str, seen: Seen, sessions: &Arc<Sessions>, preflights: &Arc<Preflights>) {
+    match seen {
+        Seen::Present(migration) => {
+            sessions.observe(&migration);
+            if assignment::needs_preflight(&migration, node) && preflights.begin(&migration) {
+                let (sessions, preflights) = (sessions.clone(), preflights.clone());
+                tokio::spawn(async move {
+                    let report = preflights.run(&migration).await;
+                    sessions.report_preflight(&migration, report);
+                });
+            }
+        }
+        Seen::Gone(migration) => {
+            let uid = migration.metadata.uid.as_deref().unwrap_or_default();
+            sessions.gone(uid);
+            preflights.forget(uid);
+        }
     }
 }
 

@@ -43,8 +43,13 @@ pub fn install(host: &Host) -> Result<Option<PathBuf>, Error> {
 /// prlimit(2), for which the kernel demands CAP_SYS_RESOURCE. Some machines withhold it even from root.
 #[must_use]
 pub fn limits_preload() -> Option<PathBuf> {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    (!has_sys_resource(&status) && Path::new(LIMITS).is_file()).then(|| LIMITS.into())
+    (!may_ask_for_limits() && Path::new(LIMITS).is_file()).then(|| LIMITS.into())
+}
+
+/// Whether this machine gives us CAP_SYS_RESOURCE.
+#[must_use]
+pub fn may_ask_for_limits() -> bool {
+    has_sys_resource(&std::fs::read_to_string("/proc/self/status").unwrap_or_default())
 }
 
 fn has_sys_resource(status: &str) -> bool {

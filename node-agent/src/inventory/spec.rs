@@ -13,7 +13,7 @@ pub struct PodSpecFacts {
     pub shares_processes: bool,
     /// `hostUsers: false`.
     pub own_users: bool,
-    /// Names of ephemeral containers.
+    /// Names of ephemeral containers that run; one that has ended stays in the spec for ever and does no harm.
     pub ephemeral: Vec<String>,
     /// Containers.
     pub containers: Vec<ContainerFacts>,
@@ -53,6 +53,9 @@ pub struct VolumeFacts {
     pub mount_paths: Vec<String>,
 }
 
+/// Kinds of volumes that both nodes can have at once. Of claims only those are let through by the operator, which reads
+/// their access modes.
+pub const SHARED: [&str; 3] = ["persistentVolumeClaim", "nfs", "image"];
 /// Kinds of volumes whose content the kubelet makes from the API: the target's kubelet makes the same.
 pub const FROM_THE_API: [&str; 4] = ["configMap", "secret", "downwardAPI", "projected"];
 
@@ -106,10 +109,11 @@ pub fn facts(pod: &Pod) -> PodSpecFacts {
         .collect(),
         shares_processes: spec.share_process_namespace == Some(true),
         own_users: spec.host_users == Some(false),
-        ephemeral: spec
-            .ephemeral_containers
+        ephemeral: pod
+            .status
             .iter()
-            .flatten()
+            .flat_map(|s| s.ephemeral_container_statuses.iter().flatten())
+            .filter(|c| c.state.as_ref().is_some_and(|s| s.running.is_some()))
             .map(|c| c.name.clone())
             .collect(),
         containers: spec
@@ -178,9 +182,13 @@ mod tests {
     fn facts_are_read_from_a_spec() {
         let pod: Pod = serde_json::from_value(json!({
             "metadata": {"name": "p"},
+            "status": {"ephemeralContainerStatuses": [
+                {"name": "debug", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"running": {}}},
+                {"name": "over", "image": "", "imageID": "", "ready": false, "restartCount": 0, "state": {"terminated": {"exitCode": 0}}},
+            ]},
             "spec": {
                 "hostPID": true, "hostIPC": false, "shareProcessNamespace": true, "hostUsers": false,
-                "ephemeralContainers": [{"name": "debug"}],
+                "ephemeralContainers": [{"name": "debug"}, {"name": "over"}],
                 "initContainers": [{"name": "once"}, {"name": "mesh", "restartPolicy": "Always"}],
                 "containers": [{
                     "name": "main", "tty": true, "securityContext": {"privileged": true},

@@ -21,6 +21,13 @@ pub(super) fn probe(criu: Option<&Path>) -> Result<CriuStatus, String> {
         return Err(format!("CRIU is missing: {HOW_TO_INSTALL}"));
     };
     let preload = install::criu::limits_preload();
+    if preload.is_none() && !install::criu::may_ask_for_limits() {
+        return Err(
+            "the machine withholds CAP_SYS_RESOURCE, without which CRIU cannot read the limits of other users' processes: use \
+             an agent image that contains /limits.so"
+                .to_owned(),
+        );
+    }
     let run = |arguments: &[&str]| {
         let mut program = Program::new(path).args(arguments).within(Duration::from_secs(30));
         if let Some(library) = &preload {

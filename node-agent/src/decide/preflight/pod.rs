@@ -3,7 +3,7 @@
 use crds::Reason;
 
 use super::{Area, Findings};
-use crate::inventory::spec::{FROM_THE_API, VolumeFacts};
+use crate::inventory::spec::{FROM_THE_API, SHARED, VolumeFacts};
 use crate::inventory::{Inventory, PodSpecFacts};
 
 /// Interfaces that the kernel makes in every network namespace once a module is loaded.
@@ -162,13 +162,12 @@ fn containers(inventory: &Inventory, findings: &mut Findings) {
 
 fn volume_refusal(volume: &VolumeFacts) -> Option<String> {
     let (name, kind) = (&volume.name, volume.kind);
-    if FROM_THE_API.contains(&kind) {
+    if FROM_THE_API.contains(&kind) || SHARED.contains(&kind) {
         return None;
     }
     let why = match kind {
         "emptyDir" => "its content is on the source node and is not carried along yet",
         "hostPath" => "it is a folder of the source node",
-        "persistentVolumeClaim" => "claims are not handed over from node to node yet",
         _ => "this kind of volume is not handed over from node to node",
     };
     Some(format!("volume {name} is {kind}: {why}"))

@@ -102,7 +102,7 @@ fn refusal(
                 not_supported("a netlink socket with messages that it does not read".to_owned())
             }
             Some(_) => None,
-            None => not_supported("a netlink socket of another network namespace".to_owned()),
+            None => not_supported("a netlink socket that is not bound, or of another network namespace".to_owned()),
         },
         _ if protocol.starts_with("UNIX") => unix(inventory, inode, holders),
         _ => not_supported(format!("a {protocol} socket")),

@@ -295,13 +295,7 @@ fn each_thing_that_cannot_be_moved_is_refused_by_name() {
             R::VolumeNotSupported,
             "data is hostPath",
         ),
-        (
-            "claim",
-            volume("persistentVolumeClaim"),
-            R::VolumeNotSupported,
-            "data is persistentVolumeClaim",
-        ),
-        ("image volume", volume("image"), R::VolumeNotSupported, "data is image"),
+        ("csi volume", volume("csi"), R::VolumeNotSupported, "data is csi"),
         (
             "unknown volume",
             volume("of an unknown kind"),
@@ -768,6 +762,8 @@ fn what_can_be_moved_passes() {
     loopback.sockets.inet.insert(9, inet(1, "127.0.0.1:99", 0));
     let table: Vec<(&str, Inventory)> = vec![
         ("a plain pod", pod()),
+        ("a shared claim", volume("persistentVolumeClaim")),
+        ("nfs", volume("nfs")),
         ("null", holds(device("/dev/null", false, 1, 3))),
         ("own terminal", holds(device("/dev/pts/0", false, 136, 0))),
         ("own multiplexer", holds(device("/dev/ptmx", false, 5, 2))),
