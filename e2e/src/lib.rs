@@ -2,6 +2,7 @@
 //!
 //! [`cluster`] brings it up and breaks it; [`parts`] gets what it is made from; [`oci_image`] writes images without a container engine.
 
+pub mod api_server;
 pub mod bench;
 pub mod cluster;
 pub mod demo;

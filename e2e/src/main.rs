@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use e2e::{bench, cluster, demo, scenario, witness};
+use e2e::{api_server, bench, cluster, demo, scenario, witness};
 
 /// A real Kubernetes cluster on this machine.
 #[derive(Debug, Parser)]
@@ -36,6 +36,12 @@ enum Command {
         /// noise, silence, http or flood
         case: String,
     },
+    /// Run a command beside an API server and nothing else (KUBECONFIG)
+    ApiServer {
+        /// Everything after --
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, required = true)]
+        argv: Vec<String>,
+    },
     /// Listen for the beats of workloads
     #[command(hide = true)]
     Witness {
@@ -64,6 +70,7 @@ fn main() -> ExitCode {
             Command::Scenarios { only, list, any_cluster } => scenario::run(&scenario::Settings { only, list, any_cluster })
                 .map(|outcome| if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
             Command::Pest { address, case } => scenario::pest(address, &case).map(|()| ExitCode::SUCCESS),
+            Command::ApiServer { argv } => api_server::run(&argv),
             Command::Witness { listen, socket } => witness::run(listen, &socket).map(|()| ExitCode::SUCCESS),
             Command::Internal { argv } => cluster::internal(&argv),
         },

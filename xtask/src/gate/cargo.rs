@@ -168,7 +168,8 @@ fn run(command: &mut Command, name: &str) -> Result<(bool, Vec<String>)> {
         .stdin(Stdio::null())
         .stdout(writer)
         .stderr(both)
-        .env("CARGO_TERM_COLOR", "never");
+        .env("CARGO_TERM_COLOR", "never")
+        .env("RUST_BACKTRACE", "0");
     let mut child = command
         .spawn()
         .with_context(|| format!("failed to start cargo for {name}"))?;
