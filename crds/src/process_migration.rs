@@ -142,7 +142,7 @@ pub struct TargetRef {
     pub node_name: Option<String>,
     /// Labels that the node must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 32))]
+    #[schemars(extend("minProperties" = 1, "maxProperties" = 32))]
     pub node_selector: Option<BTreeMap<String, String>>,
 }
 

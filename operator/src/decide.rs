@@ -56,6 +56,8 @@ pub fn decide(world: &World) -> Decision {
 }
 
 #[cfg(test)]
+mod admission_tables;
+#[cfg(test)]
 mod fixture;
 #[cfg(test)]
 mod tables;

@@ -1,7 +1,7 @@
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
 //! An operator against a real API server, with nodes, kubelets, scheduler and agents played by the test. A namespace and a
 //! set of nodes of its own for each scenario.
 
+#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
 #![allow(dead_code, reason = "each test file uses its part")]
 
 use std::process::Stdio;
