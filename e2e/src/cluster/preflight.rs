@@ -11,6 +11,8 @@ use crate::parts::{Parts, Versions};
 
 /// The oldest kernel with all that nodes and CRIU need (time namespaces that `setns` enters, `cgroup.kill`, `clone3` with chosen ids).
 const KERNEL: (u32, u32) = (5, 14);
+/// Bytes that must be free to make the parts: tree 0.7 GB, Go's caches 3 GB, programs 0.2 GB, nodes' disks.
+const ROOM: u64 = 5 << 30;
 /// How long a server may take to answer.
 const CONNECT: Duration = Duration::from_secs(10);
 
@@ -62,6 +64,7 @@ pub(super) fn check(home: &Path) -> Result<()> {
     upper_layer(home)?;
     let missing = Parts::expected(home)?.missing();
     if !missing.is_empty() {
+        room(home)?;
         network(&missing)?;
     }
     Ok(())
@@ -94,10 +97,7 @@ fn load_module(name: &str) -> bool {
 
 /// The nodes' disks are upper layers of overlays: that needs a file system which is none itself, and has room.
 fn upper_layer(home: &Path) -> Result<()> {
-    let existing = home
-        .ancestors()
-        .find(|folder| folder.exists())
-        .unwrap_or(Path::new("/"));
+    let existing = existing(home);
     let stat = nix::sys::statfs::statfs(existing)
         .with_context(|| format!("cannot ask for the file system of {}", existing.display()))?;
     let kind = stat.filesystem_type();
@@ -108,6 +108,31 @@ fn upper_layer(home: &Path) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Whether there is room for parts, their downloads and the disks of a few nodes.
+fn room(home: &Path) -> Result<()> {
+    let folder = existing(home);
+    let stat = nix::sys::statfs::statfs(folder)
+        .with_context(|| format!("cannot ask for the file system of {}", folder.display()))?;
+    let free = stat
+        .blocks_available()
+        .saturating_mul(u64::try_from(stat.block_size()).unwrap_or(0));
+    ensure!(
+        free >= ROOM,
+        "{} has {} GB of room, and the cluster's parts need {}: make room, or set PEREGRINE_HOME to a folder with more",
+        folder.display(),
+        free >> 30,
+        ROOM >> 30
+    );
+    Ok(())
+}
+
+/// The nearest folder that is there.
+fn existing(path: &Path) -> &Path {
+    path.ancestors()
+        .find(|folder| folder.exists())
+        .unwrap_or(Path::new("/"))
 }
 
 /// Whether the places that parts come from can be reached.
