@@ -12,6 +12,7 @@
 //! | [`nft`] | the packet hold |
 //! | [`inet_diag`] | TCP and UDP sockets; the end of one |
 //! | [`addresses`] | addresses of a network namespace |
+//! | [`perf`] | the held perf event |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
 //! | [`descriptor`] | what an open file is |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
@@ -26,6 +27,7 @@ pub mod kernel_features;
 pub mod namespace;
 pub mod nft;
 pub mod node_namespaces;
+pub mod perf;
 pub mod program;
 pub mod ptrace;
 pub mod sock_diag;

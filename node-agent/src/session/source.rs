@@ -136,6 +136,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
         "moving a pod away"
     );
     let following = task.follow_decision(&ledger);
+    // Only for the length of the attempt: it costs every task switch of the node a little.
+    let _fewer_stalls = hostsys::perf::hold();
     let mut attempt = Attempt {
         brief,
         frozen_at: None,

@@ -154,6 +154,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
         "receiving a pod"
     );
     let following = task.follow_decision(&ledger);
+    // Only for the length of the attempt: it costs every task switch of the node a little.
+    let _fewer_stalls = hostsys::perf::hold();
     let mut attempt = Attempt {
         brief,
         say: None,
