@@ -26,8 +26,21 @@ pub enum Command {
     Uninstall(HostArgs),
     /// Prints what this node can do as JSON, and changes nothing.
     Probe(HostArgs),
+    /// Prints what the preflight finds in the processes of a pod on this node, as JSON, and changes nothing. What the pod's
+    /// spec alone tells (volumes, terminals) is left out: it asks no API server.
+    Inspect(InspectArgs),
     /// Prints every step of a move as JSON: where tests can inject faults.
     Steps,
+}
+
+/// Which pod.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct InspectArgs {
+    /// How the node is reached.
+    #[command(flatten)]
+    pub host: HostArgs,
+    /// Uid of the pod.
+    pub pod_uid: String,
 }
 
 /// How the node is reached.

@@ -2,14 +2,17 @@
 
 use std::process::ExitCode;
 
+use crds::process_migration::Connections;
+use k8s_openapi::api::core::v1::Pod;
 use tracing_subscriber::EnvFilter;
 
 use crate::args::{Args, Command, HostArgs};
+use crate::decide::preflight::{Question, judge};
 use crate::decide::step::Step;
 use crate::error::chain;
 use crate::host::Host;
 use crate::install::undo::undo;
-use crate::{install, probe, run};
+use crate::{install, inventory, pod_on_node, probe, run};
 
 /// Does what the command line says.
 #[must_use]
@@ -19,6 +22,7 @@ pub fn start(args: &Args) -> ExitCode {
         Command::Steps => return print_steps(),
         Command::Run(run) => &run.host,
         Command::Uninstall(host) | Command::Probe(host) => host,
+        Command::Inspect(inspect) => &inspect.host,
     };
     log(host_args);
     let host = match Host::enter(host_args.host_pid) {
@@ -48,6 +52,7 @@ pub fn start(args: &Args) -> ExitCode {
             Err(error) => failed(&error),
         },
         Command::Probe(_) => print_probe(),
+        Command::Inspect(inspect) => print_inspection(&inspect.pod_uid),
         Command::Steps => print_steps(),
     }
 }
@@ -85,6 +90,33 @@ fn log(args: &HostArgs) {
         builder.json().init();
     } else {
         builder.with_ansi(false).init();
+    }
+}
+
+/// The report of a pod's processes; fails when something stands against moving them.
+fn print_inspection(uid: &str) -> ExitCode {
+    let on_node = match pod_on_node::find(uid) {
+        Ok(on_node) => on_node,
+        Err(error) => return failed(&error),
+    };
+    let inventory = inventory::take(&Pod::default(), &on_node);
+    let report = judge(Question {
+        inventory: &inventory,
+        connections: Connections::BestEffort,
+        node: "",
+        checkpoint_limit_bytes: u64::MAX,
+    });
+    let text = serde_json::json!({
+        "pod": format!("{}/{}", on_node.namespace, on_node.name),
+        "checks": report.checks,
+        "memoryBytes": report.memory_bytes,
+        "predictedFreezeMilliseconds": report.predicted_freeze_milliseconds,
+    });
+    println!("{text:#}");
+    if report.refusals().next().is_none() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
     }
 }
 

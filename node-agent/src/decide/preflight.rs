@@ -24,8 +24,10 @@ pub use freeze::predicted_milliseconds;
 
 use crate::inventory::Inventory;
 
-/// Most checks of one kind of refusal for one container; the rest is counted.
+/// Most findings of a container that differ in numbers only; the rest is counted.
 const MAX_ALIKE: usize = 3;
+/// Most findings of a container for one reason; the rest is counted.
+const MAX_PER_REASON: usize = 8;
 
 /// What is to be judged.
 #[derive(Clone, Copy, Debug)]
@@ -126,22 +128,33 @@ pub fn judge(question: Question<'_>) -> Report {
     }
 }
 
+/// Findings of a container for one reason.
+#[derive(Debug, Default)]
+struct PerReason {
+    shown: usize,
+    /// Index of the last one that is shown.
+    last: usize,
+    left_out: usize,
+}
+
 fn checks(findings: Vec<Finding>, node: &str) -> Vec<Check> {
-    let mut counts: BTreeMap<(Option<String>, Reason, String), usize> = BTreeMap::new();
+    let mut alike: BTreeMap<(Option<String>, Reason, String), usize> = BTreeMap::new();
+    let mut per_reason: BTreeMap<(Option<String>, Reason), PerReason> = BTreeMap::new();
     let mut checks: Vec<(Verdict, Area, Check)> = Vec::new();
-    let mut not_shown: BTreeMap<usize, usize> = BTreeMap::new();
-    let mut last_shown: BTreeMap<(Option<String>, Reason, String), usize> = BTreeMap::new();
     for finding in findings {
-        let key = (finding.container.clone(), finding.reason, finding.alike);
-        let count = counts.entry(key.clone()).or_default();
-        *count += 1;
-        if *count > MAX_ALIKE {
-            if let Some(shown) = last_shown.get(&key) {
-                *not_shown.entry(*shown).or_default() += 1;
-            }
+        let same = alike
+            .entry((finding.container.clone(), finding.reason, finding.alike))
+            .or_default();
+        *same += 1;
+        let reason = per_reason
+            .entry((finding.container.clone(), finding.reason))
+            .or_default();
+        if *same > MAX_ALIKE || reason.shown == MAX_PER_REASON {
+            reason.left_out += 1;
             continue;
         }
-        last_shown.insert(key, checks.len());
+        reason.shown += 1;
+        reason.last = checks.len();
         checks.push((
             finding.verdict,
             finding.area,
@@ -158,11 +171,11 @@ fn checks(findings: Vec<Finding>, node: &str) -> Vec<Check> {
             },
         ));
     }
-    for (shown, more) in not_shown {
-        if let Some((_, _, check)) = checks.get_mut(shown)
+    for PerReason { last, left_out, .. } in per_reason.into_values().filter(|r| r.left_out > 0) {
+        if let Some((_, _, check)) = checks.get_mut(last)
             && let Some(message) = &mut check.message
         {
-            message.push_str(&format!("; and {more} more like it"));
+            message.push_str(&format!("; and {left_out} more like it"));
         }
     }
     for area in Area::ALL {

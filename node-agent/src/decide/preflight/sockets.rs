@@ -1,6 +1,6 @@
 //! Sockets, by protocol, state and peer.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crds::Reason;
 use crds::process_migration::Connections;
@@ -16,7 +16,7 @@ const NETLINK: [u32; 4] = [0, 2, 4, 15];
 pub(super) fn judge(inventory: &Inventory, connections: Connections, findings: &mut Findings) {
     let holders = inventory.holders(socket_inode);
     let mut seen = BTreeSet::new();
-    let mut external = Vec::new();
+    let mut external: BTreeMap<String, usize> = BTreeMap::new();
     for (container, process) in inventory.moved() {
         for descriptor in &process.descriptors {
             let Kind::Socket { inode, protocol } = &descriptor.kind else {
@@ -39,13 +39,19 @@ pub(super) fn judge(inventory: &Inventory, connections: Connections, findings: &
                 && !socket.is_listening()
                 && socket.is_external()
             {
-                external.push(format!("{} of {}", socket.remote, process.label()));
+                *external
+                    .entry(format!("{} of {}", socket.remote, process.label()))
+                    .or_default() += 1;
             }
         }
     }
     if !external.is_empty() {
-        let some = external.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
-        let text = format!("{} connections with peers outside of the pod: {some}", external.len());
+        let number: usize = external.values().sum();
+        let some: Vec<&str> = external.keys().take(5).map(String::as_str).collect();
+        let text = format!(
+            "{number} connections with peers outside of the pod: {}",
+            some.join(", ")
+        );
         match connections {
             Connections::Preserve => findings.refuse(
                 Area::Connections,
@@ -75,7 +81,7 @@ fn refusal(
     inventory: &Inventory,
     inode: u64,
     protocol: &str,
-    holders: &std::collections::BTreeMap<u64, BTreeSet<&str>>,
+    holders: &BTreeMap<u64, BTreeSet<&str>>,
 ) -> Option<(Reason, String)> {
     let not_supported = |what: String| Some((Reason::SocketNotSupported, what));
     if holders.get(&inode).is_some_and(|containers| containers.len() > 1) {
@@ -120,11 +126,7 @@ fn netlink_name(protocol: u32) -> &'static str {
     }
 }
 
-fn unix(
-    inventory: &Inventory,
-    inode: u64,
-    holders: &std::collections::BTreeMap<u64, BTreeSet<&str>>,
-) -> Option<(Reason, String)> {
+fn unix(inventory: &Inventory, inode: u64, holders: &BTreeMap<u64, BTreeSet<&str>>) -> Option<(Reason, String)> {
     let not_supported = |what: &str| Some((Reason::SocketNotSupported, what.to_owned()));
     let Some(socket) = inventory.sockets.unix.get(&inode) else {
         return not_supported("a UNIX socket of another network namespace");

@@ -917,6 +917,23 @@ fn a_thousand_of_the_same_are_counted() {
 }
 
 #[test]
+fn many_different_things_of_one_reason_are_counted_too() {
+    let inventory = with(|i| {
+        for letter in 'a'..='z' {
+            i.containers[0].mounts.push(mount(&format!("/mnt/{letter}"), "ext4", 3));
+        }
+    });
+    let report = asked(&inventory, Connections::BestEffort);
+    assert_eq!(report.refusals().count(), MAX_PER_REASON);
+    let counted = report
+        .checks
+        .iter()
+        .filter_map(|c| c.message.as_ref())
+        .any(|m| m.ends_with("and 18 more like it"));
+    assert!(counted, "{:?}", report.checks);
+}
+
+#[test]
 fn connections_are_judged_by_what_the_user_wants() {
     let mut inventory = holds(socket("TCP"));
     inventory.sockets.inet.insert(9, inet(1, "192.0.2.1:443", 0));
