@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Result, bail, ensure};
 use crds::ProcessMigration;
 use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Api, ListParams};
 
 use crate::scenario::stage::{NAMESPACE, Stage};
 use crate::scenario::subject::Subject;
@@ -94,8 +95,9 @@ true
 pub fn nothing_left(stage: &Stage) -> Result<()> {
     stage.wait("everything to be cleaned up", CLEAN, || {
         let mut left = Vec::new();
-        let pods = stage.list::<Pod>(NAMESPACE, "")?;
-        let migrations = stage.list::<ProcessMigration>(NAMESPACE, "")?;
+        // In all namespaces: others may move pods on this cluster as well.
+        let pods = stage.block(Api::<Pod>::all(stage.client()).list(&ListParams::default()))?.items;
+        let migrations = stage.block(Api::<ProcessMigration>::all(stage.client()).list(&ListParams::default()))?.items;
         let under_way: BTreeSet<String> =
             migrations.iter().filter(|migration| !crate::scenario::moves::is_settled(migration)).filter_map(|migration| migration.metadata.uid.clone()).collect();
         for migration in &migrations {

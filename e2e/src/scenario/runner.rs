@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 use crds::ProcessMigration;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::core::v1::{Pod, Service};
 
 use super::stage::{NAMESPACE, RELEASE_NAMESPACE, Stage};
 use super::{Scenario, all, install};
@@ -78,6 +79,8 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
             }
         }
     }
+    // Nothing of ours stays behind on the cluster.
+    sweep(&stage)?;
     println!("{} passed, {} failed, {} skipped", outcome.passed, outcome.failed, outcome.skipped);
     Ok(outcome)
 }
@@ -129,6 +132,12 @@ pub fn sweep(stage: &Stage) -> Result<()> {
     // Before the first installation there is no such kind.
     for migration in stage.list::<ProcessMigration>(NAMESPACE, "").unwrap_or_default() {
         stage.delete::<ProcessMigration>(&migration.metadata.name.unwrap_or_default(), None)?;
+    }
+    for deployment in stage.list::<Deployment>(NAMESPACE, "")? {
+        stage.delete::<Deployment>(&deployment.metadata.name.unwrap_or_default(), None)?;
+    }
+    for service in stage.list::<Service>(NAMESPACE, "app")? {
+        stage.delete::<Service>(&service.metadata.name.unwrap_or_default(), None)?;
     }
     for pod in stage.list::<Pod>(NAMESPACE, "")? {
         stage.delete::<Pod>(&pod.metadata.name.unwrap_or_default(), Some(1))?;
