@@ -113,7 +113,7 @@ mod tests {
         let t2 = Timestamp::from_second(2).unwrap();
         let first = build(&[], "Accepted", Status::True, Reason::Accepted, "a", Some(1), t1);
         let again = build(
-            &[first.clone()],
+            std::slice::from_ref(&first),
             "Accepted",
             Status::True,
             Reason::Accepted,
