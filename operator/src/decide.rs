@@ -12,7 +12,8 @@
 //! another ended. Nothing here waits, fails or touches anything: what is to be done leaves as [`Effects`], what is to be
 //! seen as [`View`], when to look again as [`Wake`].
 
-#![deny(clippy::disallowed_types)]
+#![deny(clippy::disallowed_types, clippy::disallowed_methods)]
+#![deny(clippy::wildcard_enum_match_arm)]
 
 pub mod abort;
 pub mod candidates;

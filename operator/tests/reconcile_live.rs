@@ -1,7 +1,14 @@
 //! Whole passes against a real API server; nodes, kubelets, scheduler and agents are played by the test.
 //! `PEREGRINE_LIVE_API=1 KUBECONFIG=… cargo test -p operator --test reconcile_live -- --test-threads 1`
 
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test"
+)]
 
 mod live;
 

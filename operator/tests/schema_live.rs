@@ -1,6 +1,13 @@
 //! Every rule of the CRDs, both ways, as a real API server applies it. See `reconcile_live.rs` for how to run it.
 
-#![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(
+    clippy::disallowed_methods,
+    clippy::disallowed_types,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "a test"
+)]
 
 mod live;
 
