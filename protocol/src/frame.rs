@@ -127,10 +127,16 @@ mod tests {
     #[test]
     fn a_header_survives_and_a_long_one_is_refused_on_both_sides() {
         for kind in [Kind::Control, Kind::Large, Kind::Data] {
-            assert_eq!(read_header(header(kind, kind.max()).unwrap()).unwrap(), (kind, kind.max()));
+            assert_eq!(
+                read_header(header(kind, kind.max()).unwrap()).unwrap(),
+                (kind, kind.max())
+            );
             assert!(header(kind, kind.max() + 1).is_err());
             let [a, b, c, d] = u32::try_from(kind.max() + 1).unwrap().to_be_bytes();
-            assert!(matches!(read_header([kind.byte(), a, b, c, d]), Err(Error::TooLong { .. })));
+            assert!(matches!(
+                read_header([kind.byte(), a, b, c, d]),
+                Err(Error::TooLong { .. })
+            ));
         }
         assert_eq!(read_header([16, 0, 0, 0, 0]), Err(Error::Kind(16)));
     }

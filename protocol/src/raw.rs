@@ -58,7 +58,9 @@ impl Serialize for Raw {
 impl<'de> Deserialize<'de> for Raw {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = std::borrow::Cow::<'_, str>::deserialize(deserializer)?;
-        parse(&text).map(Raw).ok_or_else(|| D::Error::custom("not a percent-escaped string"))
+        parse(&text)
+            .map(Raw)
+            .ok_or_else(|| D::Error::custom("not a percent-escaped string"))
     }
 }
 

@@ -320,10 +320,16 @@ impl Offer {
         if self.versions.len() > crate::version::MAX_OFFERED {
             return Some(format!("{} versions", self.versions.len()));
         }
-        [&self.namespace, &self.name, &self.uid, &self.source_pod_uid, &self.target_pod_uid]
-            .into_iter()
-            .find(|w| w.is_empty() || w.len() > limits::WORD_BYTES)
-            .map(|w| format!("a name of {} bytes", w.len()))
+        [
+            &self.namespace,
+            &self.name,
+            &self.uid,
+            &self.source_pod_uid,
+            &self.target_pod_uid,
+        ]
+        .into_iter()
+        .find(|w| w.is_empty() || w.len() > limits::WORD_BYTES)
+        .map(|w| format!("a name of {} bytes", w.len()))
     }
 }
 
@@ -367,7 +373,11 @@ impl Entry {
                     return Some(fault);
                 }
             }
-            EntryKind::File { .. } | EntryKind::Dir { .. } | EntryKind::Fifo | EntryKind::Socket | EntryKind::Removed => {}
+            EntryKind::File { .. }
+            | EntryKind::Dir { .. }
+            | EntryKind::Fifo
+            | EntryKind::Socket
+            | EntryKind::Removed => {}
         }
         match (&self.kind, &self.meta) {
             (EntryKind::Removed | EntryKind::HardLink { .. }, Some(_)) => Some("attributes where none belong".into()),
@@ -383,7 +393,9 @@ impl Entry {
         let plain = !name.is_empty()
             && name.len() <= limits::NAME_BYTES
             && name.first() != Some(&b'.')
-            && name.iter().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
+            && name
+                .iter()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
         if !plain {
             return Some(format!("{:?} is not the name of an image", self.path));
         }
@@ -420,7 +432,11 @@ impl Facts {
         if self.addresses.len() > limits::ADDRESSES {
             return Some(format!("{} addresses", self.addresses.len()));
         }
-        if let Some(a) = self.addresses.iter().find(|a| a.is_unspecified() || a.is_multicast() || a.is_loopback()) {
+        if let Some(a) = self
+            .addresses
+            .iter()
+            .find(|a| a.is_unspecified() || a.is_multicast() || a.is_loopback())
+        {
             return Some(format!("address {a} is not that of a pod"));
         }
         if self.threads.len() > limits::THREADS {

@@ -187,9 +187,7 @@ impl Machine {
             (State::Complete, FromTarget::Received) => State::Received,
             (State::Received, FromTarget::Held) => State::Held,
             (State::Held, FromTarget::Committed) => State::Ended,
-            (state, FromTarget::Destroyed { .. })
-                if !matches!(state, State::New | State::Offered | State::Ended) =>
-            {
+            (state, FromTarget::Destroyed { .. }) if !matches!(state, State::New | State::Offered | State::Ended) => {
                 State::Ended
             }
             (state, FromTarget::Alive) if !matches!(state, State::New | State::Ended) => state,
@@ -333,7 +331,10 @@ impl Machine {
             return Err(self.rule("FileEnd", format!("file {file} is not open")));
         };
         if size < open.next {
-            return Err(self.rule("FileEnd", format!("size {size} of file {file}, which has {}", open.next)));
+            return Err(self.rule(
+                "FileEnd",
+                format!("size {size} of file {file}, which has {}", open.next),
+            ));
         }
         Ok(Output::FileEnd { file, size })
     }
