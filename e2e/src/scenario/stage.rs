@@ -1,5 +1,6 @@
 //! Where scenarios play: a cluster with Peregrine installed, a client, a witness.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,12 +8,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::core::Request;
+use nix::fcntl::{Flock, FlockArg};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, Member};
 use crate::images::{self, Images};
 use crate::parts;
+use crate::progress;
 use crate::witness::{self, Life};
 
 /// Namespace of the workloads.
@@ -34,6 +37,8 @@ pub struct Stage {
     images: Images,
     witness: Option<Witness>,
     nodes: Vec<String>,
+    /// One play at a time: they share a namespace, and some break nodes.
+    _alone: Option<Flock<File>>,
 }
 
 impl std::fmt::Debug for Stage {
@@ -62,11 +67,13 @@ impl Stage {
     /// If it is not, an image cannot be made or loaded, or the witness does not start.
     pub fn on_own_cluster() -> Result<Self> {
         let cluster = Cluster::running()?;
+        let alone = alone()?;
         let images = Images::build()?;
         images.load(&cluster)?;
         let nodes = cluster.nodes().into_iter().map(Member::name).collect();
         let witness = Some(Witness::start(&cluster)?);
-        Self::new(Some(cluster.kubeconfig_path()), Some(cluster), images, witness, nodes)
+        let stage = Self::new(Some(cluster.kubeconfig_path()), Some(cluster), images, witness, nodes)?;
+        Ok(Self { _alone: Some(alone), ..stage })
     }
 
     /// On the cluster of `KUBECONFIG`. Its nodes must be able to pull our images; there is no witness and no fault of a node.
@@ -92,7 +99,7 @@ impl Stage {
             };
             kube::Client::try_from(config).context("cannot make a client")
         })?;
-        let stage = Self { runtime, client, cluster, images, witness, nodes };
+        let stage = Self { runtime, client, cluster, images, witness, nodes, _alone: None };
         stage.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}))?;
         Ok(stage)
     }
@@ -292,6 +299,19 @@ impl Stage {
         let Some(witness) = &self.witness else { return Ok(None) };
         let answer = witness::ask(&witness.socket, name)?;
         Ok(Some((answer.now_ms, answer.lives)))
+    }
+}
+
+/// Waits until nobody else plays on our cluster.
+fn alone() -> Result<Flock<File>> {
+    let path = parts::home()?.join("stage.lock");
+    let file = File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
+    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => Ok(lock),
+        Err((file, _)) => {
+            progress::say("waiting for another demo, bench or run of scenarios on this cluster to end");
+            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("cannot lock {}", path.display()))
+        }
     }
 }
 
