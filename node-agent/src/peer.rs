@@ -365,7 +365,7 @@ pub enum Event {
         file: u32,
         /// Where in it.
         offset: u64,
-        /// The buffer; given back with [`FromSourceSide::give_back`].
+        /// The buffer; given back with [`Spare::give_back`].
         buffer: Vec<u8>,
         /// Length of the frame's content.
         len: usize,
