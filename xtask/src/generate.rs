@@ -5,7 +5,7 @@
 //! | [`crd`] | `charts/peregrine/templates/crds/*.yaml` |
 //! | [`rbac`] | `charts/peregrine/templates/rbac.yaml`, `uninstall-rbac.yaml` |
 //! | [`policy`] | `charts/peregrine/templates/admission-policies.yaml` |
-//! | [`reference`] | `docs/reference/*.md` |
+//! | [`mod@reference`] | `docs/reference/*.md` |
 //! | [`reasons`] | a section per [`crds::Reason`] in `docs/operations.md` |
 
 mod crd;
