@@ -219,6 +219,15 @@ pub async fn publish(client: Client, about: About, mut known: watch::Receiver<Kn
                 };
                 metrics.ready.set(i64::from(is(cond::READY)));
                 metrics.compatible.set(i64::from(is(cond::COMPATIBLE)));
+                if matches!(snapshot.installation, Installation::Uninstalled(_)) {
+                    // The last word: the object is deleted next, and must not come back.
+                    let back = |k: &Known| !matches!(k.installation, Installation::Uninstalled(_));
+                    if known.wait_for(back).await.is_err() {
+                        return;
+                    }
+                    published = None;
+                    continue;
+                }
                 if known.changed().await.is_err() {
                     return;
                 }
@@ -327,8 +336,8 @@ async fn owner(client: &Client, about: &About) -> Result<OwnerReference, Error> 
     })
 }
 
-/// Renews the lease that tells the operator that this agent lives. Never returns.
-pub async fn heartbeat(client: Client, about: About, metrics: Arc<Metrics>) {
+/// Renews the lease that tells the operator that this agent lives, unless it has uninstalled itself. Never returns.
+pub async fn heartbeat(client: Client, about: About, known: watch::Receiver<Known>, metrics: Arc<Metrics>) {
     let leases: Api<Lease> = Api::namespaced(client.clone(), &about.namespace);
     let params = PatchParams::apply(names::MANAGER_NODE).force();
     let mut owned: Option<OwnerReference> = None;
@@ -336,6 +345,9 @@ pub async fn heartbeat(client: Client, about: About, metrics: Arc<Metrics>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        if matches!(known.borrow().installation, Installation::Uninstalled(_)) {
+            continue;
+        }
         if owned.is_none() {
             owned = owner(&client, &about).await.ok();
         }

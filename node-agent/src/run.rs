@@ -161,7 +161,12 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
         known.subscribe(),
         metrics.clone(),
     ));
-    parts.spawn(node_status::heartbeat(client.clone(), about.clone(), metrics.clone()));
+    parts.spawn(node_status::heartbeat(
+        client.clone(),
+        about.clone(),
+        known.subscribe(),
+        metrics.clone(),
+    ));
 
     let uninstall = watch::Sender::new(false);
     let requested = uninstall.subscribe();

@@ -1,19 +1,23 @@
 //! The undo of the installation, and what stands against it.
 //!
 //! A pod that was moved lives under our handler: its containerd-shim calls the wrapper for `kill`, `delete` and `exec`
-//! until the pod is gone, and it knows the wrapper's path from when it started, whatever the configuration says by then.
-//! So while such a container exists, the handler may go (no *new* container can use it) but the wrapper stays, and the
-//! report says so.
+//! until the pod is gone, and when one of its containers ends, containerd looks for the handler to start it anew. So
+//! while such a pod exists on the node, handler and wrapper stay, containerd is not restarted, and the report says so and
+//! names the pods. All else goes.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use protocol::hand_off::{HAND_OFF_DIR, SHEPHERD_DIR};
+use hostsys::cgroup::{self, Cgroup};
+use protocol::hand_off::{HAND_OFF_DIR, MOVED_AWAY_DIR};
 
 use super::record::Record;
 use super::{PREFIX, WRAPPER, containerd, files};
 use crate::pod_on_node;
 
+/// Key and certificate.
+const IDENTITY: &str = "/var/lib/peregrine/agent";
 /// Our folder of state on the node's disk.
 const STATE: &str = "/var/lib/peregrine";
 /// Our folder that ends with the machine.
@@ -26,8 +30,13 @@ const JOURNAL: &str = "/var/lib/peregrine/journal";
 pub enum Undone {
     /// Nothing of ours is left on the node.
     Completely,
-    /// The wrapper stays until these containers are gone.
-    WrapperStays(Vec<String>),
+    /// Handler and wrapper stay until these pods are gone.
+    HandlerStays {
+        /// `namespace/name` of each.
+        pods: Vec<String>,
+        /// The handler's file.
+        drop_in: PathBuf,
+    },
 }
 
 impl Undone {
@@ -36,10 +45,11 @@ impl Undone {
     pub fn message(&self) -> String {
         match self {
             Self::Completely => "everything was removed from the node; containerd runs without our handler".to_owned(),
-            Self::WrapperStays(containers) => format!(
-                "the handler was removed; {WRAPPER} stays until the pods that were moved here are gone (containers {}): their \
-                 containerd-shim calls it to stop them. Remove {PREFIX} afterwards",
-                containers.join(", ")
+            Self::HandlerStays { pods, drop_in } => format!(
+                "{WRAPPER} and its handler stay on the node, because the pods {} were moved here and containerd stops and restarts \
+                 their containers by them. When these pods are gone, remove {PREFIX}, {RUN}, {STATE} and {} and restart containerd",
+                pods.join(", "),
+                drop_in.display()
             ),
         }
     }
@@ -64,13 +74,21 @@ pub enum Error {
 /// # Errors
 /// See [`Error`]; [`Error::UnderWay`] means: later.
 pub async fn undo() -> Result<Undone, Error> {
-    if let Some(what) = session_under_way().or_else(target_under_way) {
+    if let Some(what) = session_under_way().or_else(target_under_way).or_else(released_source) {
         return Err(Error::UnderWay(what));
     }
-    if let Some(mut record) = Record::read()? {
+    let record = Record::read()?;
+    let pods = pods_of_the_wrapper(Path::new(pod_on_node::BUNDLES));
+    if !pods.is_empty() {
+        // The markers of pods that were moved here stay: by them the wrapper lets such a pod's containers start anew.
+        files::remove_all(Path::new(IDENTITY))?;
+        files::remove_all(Path::new(JOURNAL))?;
+        let drop_in = record.map(|r| r.drop_in).unwrap_or_default();
+        return Ok(Undone::HandlerStays { pods, drop_in });
+    }
+    if let Some(mut record) = record {
         let changed = record.undo()?;
-        let pending = changed || record.restarted_for.is_some();
-        if pending {
+        if changed || record.restarted_for.is_some() {
             // The record stays until the restart has succeeded: a crash in between must not forget it.
             let found = containerd::find()?;
             let dump = found.dump()?;
@@ -80,14 +98,41 @@ pub async fn undo() -> Result<Undone, Error> {
         }
         Record::remove()?;
     }
-    let users = containers_of_the_wrapper(Path::new(pod_on_node::BUNDLES));
     files::remove_all(Path::new(STATE))?;
-    if users.is_empty() {
-        files::remove_all(Path::new(RUN))?;
-        files::remove_all(Path::new(PREFIX))?;
-        return Ok(Undone::Completely);
+    unmount_below(RUN);
+    remove_cgroup();
+    files::remove_all(Path::new(RUN))?;
+    files::remove_all(Path::new(PREFIX))?;
+    Ok(Undone::Completely)
+}
+
+/// Images of an attempt that crashed with its node's agent lie on a mount of ours.
+fn unmount_below(folder: &str) {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points: Vec<String> = crate::inventory::mounts::parse(&mounts)
+        .into_iter()
+        .map(|mount| mount.point)
+        .filter(|point| Path::new(point).starts_with(folder))
+        .collect();
+    // Inner ones first.
+    points.sort_by_key(|point| std::cmp::Reverse(point.len()));
+    for point in points {
+        if let Err(error) = nix::mount::umount2(point.as_str(), nix::mount::MntFlags::MNT_DETACH) {
+            tracing::warn!(%error, point, "failed to unmount");
+        }
     }
-    Ok(Undone::WrapperStays(users))
+}
+
+/// The cgroup in which dumps run; empty while none does.
+fn remove_cgroup() {
+    if let Ok(root) = cgroup::mount_point()
+        && let Err(error) = Cgroup::at(root.join("peregrine")).remove(Duration::from_secs(2))
+    {
+        tracing::warn!(
+            error = crate::error::chain(&error),
+            "failed to remove the cgroup of the dumps"
+        );
+    }
 }
 
 /// A hand-off that waits, or a shepherd that stands for a container that is not restored yet.
@@ -107,9 +152,20 @@ fn session_under_way() -> Option<String> {
         .map(|file| name_of(file))
 }
 
-/// Ids of the containers whose runtime is our wrapper: containerd's shim keeps the options of its handler in the bundle.
-fn containers_of_the_wrapper(bundles: &Path) -> Vec<String> {
-    let mut ids: Vec<String> = entries(bundles)
+/// A pod that was moved away and is not gone: the wrapper must go on refusing to start it.
+fn released_source() -> Option<String> {
+    let marks = entries(Path::new(MOVED_AWAY_DIR));
+    let still_here = marks.iter().find(|mark| pod_on_node::find(&name_of(mark)).is_ok())?;
+    Some(format!(
+        "pod {} was moved away and has not ended yet",
+        name_of(still_here)
+    ))
+}
+
+/// Pods whose runtime is our wrapper, as `namespace/name`: containerd's shim keeps the options of its handler in the
+/// bundle of each container.
+fn pods_of_the_wrapper(bundles: &Path) -> Vec<String> {
+    let mut pods: Vec<String> = entries(bundles)
         .into_iter()
         .filter(|bundle| {
             // `options.json` holds {"binary_name": "…"}; `runtime` of older shims holds the name alone.
@@ -117,16 +173,22 @@ fn containers_of_the_wrapper(bundles: &Path) -> Vec<String> {
                 fs::read(bundle.join(file)).is_ok_and(|text| String::from_utf8_lossy(&text).contains(WRAPPER))
             })
         })
-        .map(|bundle| name_of(&bundle))
-        .chain(
-            entries(Path::new(SHEPHERD_DIR))
-                .iter()
-                .map(|shepherd| name_of(shepherd)),
-        )
+        .map(|bundle| pod_of(&bundle).unwrap_or_else(|| name_of(&bundle)))
         .collect();
-    ids.sort();
-    ids.dedup();
-    ids
+    pods.sort();
+    pods.dedup();
+    pods
+}
+
+/// Namespace and name of a bundle's pod, by the annotations of the CRI plugin.
+fn pod_of(bundle: &Path) -> Option<String> {
+    let config: serde_json::Value = serde_json::from_slice(&fs::read(bundle.join("config.json")).ok()?).ok()?;
+    let annotation = |name: &str| config.get("annotations")?.get(name)?.as_str();
+    Some(format!(
+        "{}/{}",
+        annotation("io.kubernetes.cri.sandbox-namespace")?,
+        annotation("io.kubernetes.cri.sandbox-name")?
+    ))
 }
 
 fn entries(folder: &Path) -> Vec<PathBuf> {
@@ -145,30 +207,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn containers_under_the_wrapper_are_found_by_their_bundle() {
+    fn pods_under_the_wrapper_are_found_by_their_bundles() {
         let folder = std::env::temp_dir().join(format!("peregrine-undo-{}", std::process::id()));
-        files::write(
-            &folder.join("ours/options.json"),
-            format!("{{\"binary_name\":\"{WRAPPER}\"}}").as_bytes(),
-            0o600,
-        )
-        .unwrap();
-        files::write(
-            &folder.join("theirs/options.json"),
-            b"{\"binary_name\":\"/usr/sbin/runc\"}",
-            0o600,
-        )
-        .unwrap();
-        let found = containers_of_the_wrapper(&folder);
-        assert!(
-            found.contains(&"ours".to_owned()) && !found.contains(&"theirs".to_owned()),
-            "{found:?}"
-        );
+        let options = |binary: &str| format!("{{\"binary_name\":\"{binary}\"}}");
+        let annotations = r#"{"annotations": {"io.kubernetes.cri.sandbox-namespace": "shop", "io.kubernetes.cri.sandbox-name": "web"}}"#;
+        for (container, binary) in [("a", WRAPPER), ("b", WRAPPER), ("c", "/usr/sbin/runc")] {
+            files::write(
+                &folder.join(container).join("options.json"),
+                options(binary).as_bytes(),
+                0o600,
+            )
+            .unwrap();
+            files::write(
+                &folder.join(container).join("config.json"),
+                annotations.as_bytes(),
+                0o600,
+            )
+            .unwrap();
+        }
+        files::write(&folder.join("d/runtime"), WRAPPER.as_bytes(), 0o600).unwrap();
+        assert_eq!(pods_of_the_wrapper(&folder), ["d", "shop/web"]);
         files::remove_all(&folder).unwrap();
     }
 
     #[test]
-    fn what_stays_is_named() {
-        assert!(Undone::WrapperStays(vec!["abc".into()]).message().contains("abc"));
+    fn what_stays_is_named_with_what_to_do() {
+        let message = Undone::HandlerStays {
+            pods: vec!["shop/web".into()],
+            drop_in: "/etc/containerd/conf.d/peregrine.toml".into(),
+        }
+        .message();
+        assert!(
+            message.contains("shop/web") && message.contains("conf.d/peregrine.toml"),
+            "{message}"
+        );
     }
 }
