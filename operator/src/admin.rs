@@ -85,7 +85,10 @@ fn route(request: &[u8], ctx: &Context) -> (&'static str, String) {
             "503 Service Unavailable",
             "the watches have not delivered everything yet\n".to_owned(),
         ),
-        "/metrics" => ("200 OK", ctx.metrics.render()),
+        "/metrics" => {
+            ctx.count_phases();
+            ("200 OK", ctx.metrics.render())
+        }
         _ => ("404 Not Found", "try /healthz, /readyz, /metrics\n".to_owned()),
     }
 }

@@ -132,6 +132,29 @@ impl Context {
             .collect()
     }
 
+    /// Counts the unfinished migrations by phase, for a scrape.
+    pub fn count_phases(&self) {
+        let all = self.migrations.state();
+        for phase in [
+            Phase::Pending,
+            Phase::Queued,
+            Phase::Preparing,
+            Phase::Copying,
+            Phase::Freezing,
+            Phase::Restoring,
+            Phase::Committing,
+            Phase::Finalizing,
+        ] {
+            let count = all
+                .iter()
+                .filter(|m| !is_finished(m) && m.status.as_ref().and_then(|s| s.phase).unwrap_or_default() == phase)
+                .count();
+            let count = u32::try_from(count).unwrap_or(u32::MAX);
+            self.metrics
+                .set("peregrine_migrations", &[("phase", phase.as_str())], f64::from(count));
+        }
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Memory>> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,6 +4,7 @@
 //! that *they* saw, by their own clock, so clocks need not agree. A paused old leader is harmless in any case: every effect
 //! carries its precondition.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -14,6 +15,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use crate::error::{Class, chain, classify};
+use crate::nodes::Nodes;
 use crate::stop::Stop;
 
 /// How long a lease lasts without a renewal.
@@ -34,6 +36,8 @@ pub struct Election {
     pub identity: String,
     /// Owner of the lease, so that an uninstall removes it.
     pub owner: Option<OwnerReference>,
+    /// Told when the API cannot be reached: the agents cannot reach it either.
+    pub nodes: Arc<Nodes>,
 }
 
 /// The renewal of another holder, as this process saw it.
@@ -63,8 +67,14 @@ impl Election {
                         tracing::warn!(identity = %self.identity, "another replica leads");
                     }
                 }
-                Ok(Err(error)) => tracing::warn!(error = %chain(&error), "failed to renew the leader's lease"),
-                Err(_) => tracing::warn!("the leader's lease could not be renewed in time"),
+                Ok(Err(error)) => {
+                    self.nodes.excuse();
+                    tracing::warn!(error = %chain(&error), "failed to renew the leader's lease");
+                }
+                Err(_) => {
+                    self.nodes.excuse();
+                    tracing::warn!("the leader's lease could not be renewed in time");
+                }
             }
             let next = match valid_until {
                 Some(until) if until <= Instant::now() => {

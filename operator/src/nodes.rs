@@ -28,6 +28,9 @@ use crate::error::{Class, chain, classify};
 /// A heartbeat's patience where the lease does not say.
 const DEFAULT_LEASE: Duration = Duration::from_secs(40);
 
+/// In this time an agent that lives renews at least once.
+const ONE_RENEWAL: Duration = Duration::from_secs(15);
+
 /// Every node.
 #[derive(Debug)]
 pub struct Nodes {
@@ -115,6 +118,17 @@ impl Nodes {
             .all(|flag| flag.load(Ordering::Acquire))
     }
 
+    /// While the API cannot be reached the agents cannot renew either. Nobody is lost for that: patience begins anew.
+    pub fn excuse(&self) {
+        let now = Instant::now();
+        for beat in self.beats().values_mut() {
+            // Who was silent before the trouble began stays so.
+            if beat.seen.elapsed() < beat.patience {
+                beat.seen = now;
+            }
+        }
+    }
+
     fn noted<K>(&self, event: &Result<watcher::Event<K>, watcher::Error>, listed: &AtomicBool) {
         match event {
             Ok(watcher::Event::InitDone) => {
@@ -125,11 +139,7 @@ impl Nodes {
             Ok(watcher::Event::Init | watcher::Event::InitApply(_)) => {}
             Err(error) => {
                 tracing::warn!(error = %chain(error), "a watch failed; it begins again");
-                // While the API cannot be reached the agents cannot renew either. Nobody is lost for that: patience
-                // begins anew when the watch is back.
-                for beat in self.beats().values_mut() {
-                    beat.seen = Instant::now();
-                }
+                self.excuse();
             }
         }
     }
@@ -175,7 +185,18 @@ impl Nodes {
             Ok(watcher::Event::Delete(lease)) => {
                 self.beats().remove(&lease.name_any());
             }
-            Ok(watcher::Event::Init | watcher::Event::InitDone) | Err(_) => {}
+            Ok(watcher::Event::InitDone) => {
+                // All silent at once: it was the API server that was away, together with us. They get time for one renewal.
+                let now = Instant::now();
+                let mut beats = self.beats();
+                if beats.values().all(|b| b.seen.elapsed() >= b.patience) {
+                    for beat in beats.values_mut() {
+                        let spent = beat.patience.saturating_sub(ONE_RENEWAL);
+                        beat.seen = now.checked_sub(spent).unwrap_or(now);
+                    }
+                }
+            }
+            Ok(watcher::Event::Init) | Err(_) => {}
         }
     }
 
@@ -309,4 +330,140 @@ fn is_ready(node: &Node) -> bool {
         .as_ref()
         .and_then(|s| s.conditions.as_ref())
         .is_some_and(|c| c.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nodes() -> Nodes {
+        let (nodes, _) = store::<Node>();
+        let (migration_nodes, mut writer) = store::<MigrationNode>();
+        for name in ["a", "b"] {
+            let node = serde_json::from_value(json!({"metadata": {"name": name}, "spec": {}})).unwrap();
+            writer.apply_watcher_event(&watcher::Event::Apply(node));
+        }
+        Nodes {
+            nodes,
+            migration_nodes,
+            heartbeats: Mutex::default(),
+            view: RwLock::default(),
+            changed: Arc::new(Notify::new()),
+            leases_listed: AtomicBool::new(false),
+            nodes_listed: AtomicBool::new(false),
+            migration_nodes_listed: AtomicBool::new(false),
+        }
+    }
+
+    fn lease(name: &str, age: i64) -> Lease {
+        let renewed = Timestamp::now() - jiff::SignedDuration::from_secs(age);
+        serde_json::from_value(json!({"metadata": {"name": name}, "spec": {"leaseDurationSeconds": 40,
+            "renewTime": k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime(renewed)}}))
+        .unwrap()
+    }
+
+    fn beat(nodes: &Nodes, name: &str) -> Heartbeat {
+        nodes.refresh();
+        nodes.view().iter().find(|n| n.name == name).unwrap().heartbeat
+    }
+
+    #[test]
+    fn a_heartbeat_goes_stale_and_comes_back() {
+        let nodes = nodes();
+        assert_eq!(beat(&nodes, "a"), Heartbeat::Missing);
+        nodes.heartbeat(&Ok(watcher::Event::InitApply(lease("a", 5))));
+        nodes.heartbeat(&Ok(watcher::Event::InitApply(lease("b", 60))));
+        nodes.heartbeat(&Ok(watcher::Event::InitDone));
+        assert_eq!(beat(&nodes, "a"), Heartbeat::Fresh);
+        assert_eq!(beat(&nodes, "b"), Heartbeat::Stale);
+        nodes.excuse();
+        assert_eq!(beat(&nodes, "b"), Heartbeat::Stale, "it was silent before");
+        // Any renewal counts, whatever the agent's clock says.
+        nodes.heartbeat(&Ok(watcher::Event::Apply(lease("b", 50))));
+        assert_eq!(beat(&nodes, "b"), Heartbeat::Fresh);
+        nodes.heartbeat(&Ok(watcher::Event::Delete(lease("b", 50))));
+        assert_eq!(beat(&nodes, "b"), Heartbeat::Missing);
+    }
+
+    #[test]
+    fn all_silent_at_once_is_the_api_servers_fault() {
+        let nodes = nodes();
+        for name in ["a", "b"] {
+            nodes.heartbeat(&Ok(watcher::Event::InitApply(lease(name, 300))));
+        }
+        assert_eq!(beat(&nodes, "a"), Heartbeat::Stale);
+        nodes.heartbeat(&Ok(watcher::Event::InitDone));
+        assert_eq!(beat(&nodes, "a"), Heartbeat::Fresh);
+        assert!(nodes.next_expiry() <= ONE_RENEWAL + Duration::from_millis(100));
+    }
+
+    #[test]
+    fn a_label_says_whether_a_node_can_take_part() {
+        let ready = crate::decide::NodeView {
+            name: "n".to_owned(),
+            exists: true,
+            ready: true,
+            cordoned: false,
+            labels: BTreeMap::new(),
+            migration_node: None,
+            heartbeat: Heartbeat::Fresh,
+        };
+        let condition = |type_: &str| {
+            crds::condition::build(
+                &[],
+                type_,
+                crds::condition::Status::True,
+                crds::Reason::Accepted,
+                "",
+                None,
+                Timestamp::now(),
+            )
+        };
+        let agent = (
+            crds::MigrationNodeSpec::default(),
+            crds::MigrationNodeStatus {
+                conditions: vec![condition("Ready"), condition("Compatible")],
+                ..Default::default()
+            },
+        );
+        let label = |labels: &[(&str, &str)]| labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let with_agent = NodeView {
+            migration_node: Some(agent),
+            ..ready.clone()
+        };
+        let silent = NodeView {
+            heartbeat: Heartbeat::Stale,
+            ..with_agent.clone()
+        };
+        let table: Vec<(NodeView, Option<Option<&str>>)> = vec![
+            (ready.clone(), None),
+            (
+                NodeView {
+                    labels: label(&[(LABEL_NODE_READY, "true")]),
+                    ..ready
+                },
+                Some(None),
+            ),
+            (with_agent.clone(), Some(Some("true"))),
+            (
+                NodeView {
+                    labels: label(&[(LABEL_NODE_READY, "true")]),
+                    ..with_agent.clone()
+                },
+                None,
+            ),
+            (silent, Some(Some("false"))),
+            (
+                NodeView {
+                    exists: false,
+                    ..with_agent
+                },
+                None,
+            ),
+        ];
+        for (node, wanted) in table {
+            let set = labels_to_set(std::slice::from_ref(&node));
+            assert_eq!(set.get("n").copied(), wanted, "{node:?}");
+        }
+    }
 }

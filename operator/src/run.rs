@@ -77,6 +77,7 @@ pub async fn run(args: Run) -> Result<(), Fatal> {
         leases: Api::namespaced(client.clone(), &args.namespace),
         identity: name,
         owner: owner.clone(),
+        nodes: nodes.clone(),
     };
     // The election outlives the passes: it releases the lease when nothing acts any more.
     let (end_election, election_ends) = Stop::new();

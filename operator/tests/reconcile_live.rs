@@ -172,7 +172,9 @@ async fn drive(stage: &Stage, name: &str, until: Until) -> Option<String> {
 async fn agents_settle(stage: &Stage, name: &str, until: Until) {
     stage
         .until(name, "aborted", |s| {
-            s.decision.as_ref().is_some_and(|d| d.value == DecisionValue::Aborted)
+            // Canceled before the decision was even opened: it is over at once.
+            crds::condition::is_true(&s.conditions, cond::FINISHED)
+                || s.decision.as_ref().is_some_and(|d| d.value == DecisionValue::Aborted)
         })
         .await;
     if matches!(until, Until::Freezing | Until::Synced) {

@@ -418,3 +418,29 @@ fn nodes_are_compared_by_what_their_agents_found() {
         .unwrap();
     assert!(excluded.message.as_ref().unwrap().contains("avx512f"));
 }
+
+#[test]
+fn one_that_waits_for_its_turn_waits_for_a_node_that_is_away_too() {
+    let mut cluster = Cluster::new(json!({"target": {"nodeName": "b"}}));
+    cluster.world.others = vec![Other {
+        admitted: true,
+        source_node: Some("a".to_owned()),
+        ..other("o", "o")
+    }];
+    cluster.until(Step::Admitted);
+    assert_eq!(cluster.status().phase, Some(Phase::Queued));
+    cluster.world.others.clear();
+    cluster.node("b", |n| n.heartbeat = Heartbeat::Stale);
+    cluster.settle();
+    assert_eq!(cluster.status().phase, Some(Phase::Queued));
+    let status = cluster.status();
+    assert!(
+        find(&status.conditions, cond::ADMITTED)
+            .unwrap()
+            .message
+            .contains("heartbeats")
+    );
+    cluster.node("b", |n| n.heartbeat = Heartbeat::Fresh);
+    cluster.settle();
+    assert!(is_true(&cluster.status().conditions, cond::ADMITTED));
+}

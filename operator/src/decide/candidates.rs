@@ -12,7 +12,7 @@ use super::world::{NodeView, World};
 pub const CHECK: &str = "targetNode";
 
 /// Most nodes that a target pod's affinity lists: each is one term for each of the pod's own.
-const MOST: usize = 64;
+const MOST: usize = 500;
 
 /// What was found.
 #[derive(Clone, Debug, Default, PartialEq)]

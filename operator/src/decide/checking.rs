@@ -125,7 +125,14 @@ pub fn check(world: &World) -> Decision {
     let limit = draft.view.effective.as_ref().and_then(|e| e.max_freeze_milliseconds);
     let (eligibility, cause) = verdict(world, source, limit);
     draft.view.eligibility = Some(eligibility.clone());
-    if let Some(cause) = cause {
+    // One that waits for its turn was eligible. A node that is away for a moment, because its agent is being replaced, is
+    // one more thing to wait for.
+    let was_queued = draft.status.phase == Some(Phase::Queued);
+    let away = cause
+        .as_ref()
+        .filter(|c| was_queued && is_about_nodes(c.reason))
+        .cloned();
+    if let (Some(cause), None) = (cause, &away) {
         draft.give_up(cause);
         return draft.done();
     }
@@ -134,7 +141,11 @@ pub fn check(world: &World) -> Decision {
     }
     let my_deadline = wait::active_deadline(world);
     let from = half.node_name.as_deref().unwrap_or_default();
-    match queue::turn(world, from, &eligibility.candidate_nodes, Some(my_deadline)) {
+    let turn = match away {
+        Some(cause) => Turn::Wait(format!("waiting for its turn: {}", cause.message)),
+        None => queue::turn(world, from, &eligibility.candidate_nodes, Some(my_deadline)),
+    };
+    match turn {
         Turn::Wait(message) => {
             draft.view.phase = Some(Phase::Queued);
             draft
@@ -211,6 +222,14 @@ fn refusal(checks: &[Check]) -> Cause {
         .find(|r| is_top_level(*r))
         .unwrap_or(Reason::PodNotMigratable);
     Cause::new(reason, eligibility::sentence(checks))
+}
+
+/// Whether a refusal is about the nodes alone, which come and go.
+fn is_about_nodes(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::NodeNotReady | Reason::NoTargetNode | Reason::NodesIncompatible
+    )
 }
 
 /// Whether a refusal stands for itself, rather than for something that the pod holds.
