@@ -46,13 +46,14 @@ const CHECKS: &[Check] = &[
         name: "doc",
         run: |root, _| cargo::doc(root),
     },
-    Check {
-        name: "tests",
-        run: cargo::tests,
-    },
+    // Before the others: it makes the parts that some of them use.
     Check {
         name: "api",
         run: cargo::live,
+    },
+    Check {
+        name: "tests",
+        run: cargo::tests,
     },
     Check {
         name: "chart",

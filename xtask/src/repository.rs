@@ -68,3 +68,13 @@ pub(crate) fn harness() -> Result<Command> {
     command.env("PEREGRINE_E2E_BUILT", "1");
     Ok(command)
 }
+
+/// Why a check is skipped for others than root.
+pub(crate) const NEEDS_ROOT: &str = "it needs root";
+
+/// Whether we are root. What cannot be read is no.
+pub(crate) fn is_root() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ids = status.lines().find_map(|line| line.strip_prefix("Uid:"));
+    ids.and_then(|ids| ids.split_whitespace().nth(1)) == Some("0")
+}

@@ -1,5 +1,6 @@
 //! The checks that are cargo's.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -75,7 +76,15 @@ pub(super) fn doc(root: &Path) -> Result<Outcome> {
 /// All tests of all crates in one run: a run per crate would compile the dependencies again, with other features.
 pub(super) fn tests(root: &Path, tally: &mut Tally) -> Result<Outcome> {
     let mut command = repository::cargo(root);
-    command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
+    // What tests print is shown also when they pass: some say that they were skipped.
+    command.args([
+        "test",
+        "--locked",
+        "--workspace",
+        "--no-fail-fast",
+        "--",
+        "--show-output",
+    ]);
     // Those that need an API server only say so here; they are counted where they have one.
     count(&mut command, "tests", tally, |suite| !suite.name.contains(LIVE))
 }
@@ -89,6 +98,9 @@ pub(super) fn live(root: &Path, tally: &mut Tally) -> Result<Outcome> {
     if names.is_empty() {
         return Ok(Outcome::Skipped("there are no such tests".to_owned()));
     }
+    if !repository::is_root() {
+        return Ok(Outcome::Skipped(repository::NEEDS_ROOT.to_owned()));
+    }
     repository::build_harness(root, repository::Progress::Shown)?;
     let mut command = repository::harness()?;
     let cargo = repository::cargo(root);
@@ -98,7 +110,7 @@ pub(super) fn live(root: &Path, tally: &mut Tally) -> Result<Outcome> {
         .arg(cargo.get_program());
     command.args(["test", "--locked", "--workspace", "--no-fail-fast"]);
     command.args(names.iter().flat_map(|name| ["--test", name]));
-    command.args(["--", "--test-threads", "1"]);
+    command.args(["--", "--show-output", "--test-threads", "1"]);
     count(&mut command, "api", tally, |_| true)
 }
 
@@ -135,11 +147,14 @@ fn count(command: &mut Command, name: &str, tally: &mut Tally, counts: fn(&Suite
     suites.retain(counts);
     for suite in &suites {
         let parts = format!(
-            "{} passed, {} failed, {} ignored",
-            suite.passed, suite.failed, suite.ignored
+            "{} passed, {} failed, {} skipped",
+            suite.passed, suite.failed, suite.skipped
         );
         super::tally::line(&format!("        {:<60} {parts}", suite.name));
-        tally.add(suite.passed, suite.failed, suite.ignored);
+        for why in &suite.reasons {
+            super::tally::line(&format!("            skipped: {why}"));
+        }
+        tally.add(suite.passed, suite.failed, suite.skipped);
     }
     let failed: usize = suites.iter().map(|suite| suite.failed).sum();
     if success {
@@ -211,35 +226,65 @@ impl<'a> Progress<'a> {
 }
 
 /// One test program, as it reported itself.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 struct Suite {
     name: String,
     passed: usize,
     failed: usize,
-    ignored: usize,
+    skipped: usize,
+    /// Why tests were skipped, each reason once.
+    reasons: BTreeSet<String>,
 }
 
+/// Reads what test programs printed. A test that cannot show anything on this machine prints `skipped: why` and returns: to
+/// its program it has passed, here it is counted for what it is.
 fn suites(lines: &[String]) -> Vec<Suite> {
     let mut suites = Vec::new();
-    let mut name = String::new();
+    let mut suite = Suite::default();
+    let mut test_skipped = false;
     for line in lines {
         let line = line.trim();
         if let Some(rest) = line.strip_prefix("Running ") {
-            rest.trim_start_matches("unittests ").clone_into(&mut name);
+            suite = Suite {
+                name: short(rest.trim_start_matches("unittests ")),
+                ..Suite::default()
+            };
         } else if let Some(rest) = line.strip_prefix("Doc-tests ") {
-            name = format!("doc tests of {rest}");
+            suite = Suite {
+                name: format!("doc tests of {rest}"),
+                ..Suite::default()
+            };
+        } else if line.starts_with("---- ") {
+            test_skipped = false;
+        } else if let Some(why) = skip_reason(line) {
+            suite.skipped += usize::from(!test_skipped);
+            suite.reasons.insert(why.to_owned());
+            test_skipped = true;
         } else if let Some(result) = line.strip_prefix("test result: ") {
-            suites.push(Suite {
-                name: short(&name),
-                passed: number_before(result, " passed"),
-                failed: number_before(result, " failed"),
-                ignored: number_before(result, " ignored"),
-            });
+            let name = suite.name.clone();
+            let said = number_before(result, " passed");
+            suite.passed = said.saturating_sub(suite.skipped);
+            suite.failed = number_before(result, " failed");
+            suite.skipped += number_before(result, " ignored");
+            suites.push(std::mem::replace(
+                &mut suite,
+                Suite {
+                    name,
+                    ..Suite::default()
+                },
+            ));
+        } else if let Some((_, why)) = line.split_once(" ... ignored, ") {
+            suite.reasons.insert(why.to_owned());
         }
     }
     // Programs without tests say nothing worth a line.
-    suites.retain(|suite| suite.passed + suite.failed + suite.ignored > 0);
+    suites.retain(|suite| suite.passed + suite.failed + suite.skipped > 0);
     suites
+}
+
+fn skip_reason(line: &str) -> Option<&str> {
+    line.strip_prefix("skipped: ")
+        .or_else(|| line.strip_prefix("SKIPPED: "))
 }
 
 /// `src/lib.rs (target/x/debug/deps/crds-0123)` is `crds src/lib.rs`.
@@ -290,27 +335,31 @@ mod tests {
      Running unittests src/lib.rs (target/x86_64-unknown-linux-gnu/debug/deps/crds-0123abcd)
 test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s
      Running tests/cel.rs (target/debug/deps/cel-9)
+---- a stdout ----
+SKIPPED: not root
+SKIPPED: no huge pages
+---- b stdout ----
+skipped: not root
+---- c stdout ----
+something else
 test result: FAILED. 11 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
    Doc-tests crds
 test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s"
             .lines()
             .map(str::to_owned)
             .collect();
+        let suite = |name: &str, passed, failed, skipped, reasons: &[&str]| Suite {
+            name: name.to_owned(),
+            passed,
+            failed,
+            skipped,
+            reasons: reasons.iter().map(|why| (*why).to_owned()).collect(),
+        };
         assert_eq!(
             suites(&lines),
             [
-                Suite {
-                    name: "crds src/lib.rs".into(),
-                    passed: 5,
-                    failed: 0,
-                    ignored: 1
-                },
-                Suite {
-                    name: "cel tests/cel.rs".into(),
-                    passed: 11,
-                    failed: 2,
-                    ignored: 0
-                },
+                suite("crds src/lib.rs", 5, 0, 1, &[]),
+                suite("cel tests/cel.rs", 9, 2, 2, &["no huge pages", "not root"]),
             ]
         );
     }

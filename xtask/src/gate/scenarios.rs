@@ -13,6 +13,9 @@ use super::tally::{self, Outcome, Tally};
 use crate::repository;
 
 pub(super) fn run(root: &Path, only: Option<&str>, tally: &mut Tally) -> Result<Outcome> {
+    if !repository::is_root() {
+        return Ok(Outcome::Skipped(repository::NEEDS_ROOT.to_owned()));
+    }
     repository::build_harness(root, repository::Progress::Shown)?;
     let mut command = repository::harness()?;
     command
