@@ -10,6 +10,9 @@ use nix::unistd::pivot_root;
 
 use super::machine_spec::{Bind, MachineSpec};
 
+/// Names of the protocols that packet filters speak of. The Debian tree has no `netbase`.
+const PROTOCOLS: &str = "ip 0 IP\nicmp 1 ICMP\ntcp 6 TCP\nudp 17 UDP\nipv6-icmp 58 IPv6-ICMP\nsctp 132 SCTP\n";
+
 /// Makes the root and moves into it.
 pub(super) fn make(spec: &MachineSpec) -> Result<()> {
     mount(
@@ -194,5 +197,8 @@ fn protect_host(root: &Path, spec: &MachineSpec) -> Result<()> {
     mount(Some(&boot_id), &target, None::<&str>, MsFlags::MS_BIND, None::<&str>).context("cannot set the boot id")?;
     let hosts = format!("127.0.0.1 localhost\n127.0.1.1 {}\n", spec.name);
     fs::write(root.join("etc/hosts"), hosts).context("cannot write /etc/hosts")?;
+    // Without it nft writes protocol numbers where kube-proxy expects names: its hourly full synchronisation then takes every
+    // element of its maps for a stale one and deletes it, and no Service answers any more.
+    fs::write(root.join("etc/protocols"), PROTOCOLS).context("cannot write /etc/protocols")?;
     fs::write(root.join("etc/hostname"), format!("{}\n", spec.name)).context("cannot write /etc/hostname")
 }
