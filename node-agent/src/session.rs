@@ -141,6 +141,14 @@ impl Task {
         }
     }
 
+    /// Waits a moment for the watch to show the object, so that the status can be written.
+    async fn wait_until_seen(&mut self) {
+        let wait = async { while self.seen().migration.is_none() && !self.seen().gone && self.changed().await {} };
+        if tokio::time::timeout(Duration::from_secs(20), wait).await.is_err() {
+            tracing::info!("the migration is not seen yet: its status is not written");
+        }
+    }
+
     fn decisions(&self, start: &Start) -> Decisions {
         let seen = self.seen();
         let target = seen

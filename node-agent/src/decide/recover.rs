@@ -38,7 +38,15 @@ pub fn plan(records: &[Record]) -> Plan {
     let begun = |step: Step| records.contains(&Record::Begin { step });
     let decided = records.iter().rev().find_map(|r| match r {
         Record::Decided { committed, .. } => Some(*committed),
-        _ => None,
+        Record::Start(_)
+        | Record::Begin { .. }
+        | Record::End { .. }
+        | Record::Failed { .. }
+        | Record::Frozen { .. }
+        | Record::Threads { .. }
+        | Record::Shepherds { .. }
+        | Record::Addresses { .. }
+        | Record::Settled => None,
     });
     match (role, decided) {
         (Role::Source, Some(true)) => Plan::MovedAway,

@@ -4,7 +4,7 @@ use std::{
     fmt,
     future::Future,
     sync::{Arc, Mutex, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use crds::Reason;
@@ -15,6 +15,9 @@ use crate::{
     fault::{Action, Faults, When},
     journal::{Journal, Record},
 };
+
+/// Between two tries of what must happen.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// Why a session cannot go on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,6 +161,31 @@ impl Ledger {
         self.run(step, false, work).await
     }
 
+    /// Runs a step that must happen until it has. Every try is journaled.
+    pub(super) async fn until_done<F, Fut>(&self, step: Step, work: F)
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = Result<(), Failed>>,
+    {
+        while let Err(error) = self.must(step, work()).await {
+            tracing::error!(step = step.name(), %error, "a step that must happen failed; trying again");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    /// Notes the decision, until it is on the disk.
+    pub(super) async fn decided(&self, committed: bool, why: &Failed) {
+        let known = Record::Decided {
+            committed,
+            reason: why.reason.clone(),
+            message: why.message.clone(),
+        };
+        while let Err(error) = self.record(known.clone()).await {
+            tracing::error!(%error, "failed to note the decision; trying again");
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
     async fn run<T>(
         &self,
         step: Step,
@@ -231,4 +259,9 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| Failed::because(Reason::StepFailed, &e))
+}
+
+/// Milliseconds since then.
+pub(super) fn millis(since: Instant) -> u32 {
+    u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX)
 }

@@ -1,0 +1,254 @@
+//! The two ends of a target: it runs, or nothing of it is left. Both work from the journal alone.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::IpAddr,
+    os::fd::AsFd as _,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use crds::{
+    Reason,
+    condition::{self},
+    process_migration::Party,
+};
+use hostsys::{addresses, cgroup::Cgroup};
+use protocol::{
+    hand_off::{Request, State},
+    limits,
+    migrate::FromTarget,
+};
+use tokio::sync::mpsc;
+
+use super::super::{
+    Task,
+    hand_over::{Decided, decided_in},
+    ledger::{Failed, Ledger, blocking, millis},
+    remove_journal, shepherds,
+};
+use super::publish_failure;
+use crate::{
+    checkpoint::Room,
+    decide::step::{Role, Step},
+    holding,
+    journal::{Record, Start, TargetContainer},
+};
+
+/// For a shepherd's answer to anything but a restore.
+const ANSWER: Duration = Duration::from_secs(10);
+/// For the end of killed processes.
+const KILL: Duration = Duration::from_secs(20);
+
+/// What the journal says of the shepherds.
+pub(super) fn shepherds_of(ledger: &Ledger) -> (Vec<TargetContainer>, Option<PathBuf>, Vec<IpAddr>) {
+    let mut found = (Vec::new(), None, Vec::new());
+    for record in ledger.records() {
+        match record {
+            Record::Shepherds {
+                containers,
+                network_namespace,
+            } => {
+                found.0 = containers;
+                found.1 = Some(network_namespace);
+            }
+            Record::Addresses { addresses } => found.2 = addresses,
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Behind the commit: packets pass, all containers run. Idempotent.
+pub(super) async fn runs(
+    task: &mut Task,
+    ledger: &Ledger,
+    start: &Start,
+    say: Option<mpsc::Sender<FromTarget>>,
+    frozen_at: Option<Instant>,
+) {
+    let (containers, namespace, _) = shepherds_of(ledger);
+    let cgroups: Vec<PathBuf> = containers.iter().map(|c| c.cgroup.clone()).collect();
+    if frozen_at.is_none() {
+        ledger.decided(true, &Failed::new(Reason::DecisionCommitted, "")).await;
+    }
+    let thaw = || {
+        let (cgroups, namespace) = (cgroups.clone(), namespace.clone());
+        async move {
+            let done = blocking(move || {
+                if let Some(namespace) = namespace {
+                    holding::release_packets(&namespace)?;
+                }
+                holding::thaw(&cgroups)
+            });
+            done.await?.map_err(|e| Failed::because(Reason::StepFailed, &e))
+        }
+    };
+    ledger.until_done(Step::TargetThaw, thaw).await;
+    let frozen_for = frozen_at.map(millis);
+    if frozen_at.is_some() {
+        // Not awaited: the containers run already, the journal is for a restart only.
+        ledger.decided(true, &Failed::new(Reason::DecisionCommitted, "")).await;
+    }
+    if let Some(say) = say
+        && say.send(FromTarget::Committed).await.is_err()
+    {
+        tracing::info!("the source is not connected any more: it reads the decision from the API");
+    }
+    for container in &containers {
+        match shepherds::ask(&container.id, &Request::Committed, ANSWER).await {
+            Ok(State::Committed { .. } | State::Ended) => {}
+            Ok(state) => tracing::warn!(
+                container = container.name,
+                ?state,
+                "a shepherd does not follow the commit"
+            ),
+            Err(error) => tracing::warn!(
+                container = container.name,
+                error = crate::error::chain(&error),
+                "a shepherd did not hear of the commit"
+            ),
+        }
+    }
+    task.publish(|half| {
+        half.target.step = None;
+        if frozen_for.is_some() {
+            half.target.frozen_milliseconds = frozen_for;
+        }
+    });
+    clean_up(ledger, start).await;
+    finish(task, ledger).await;
+}
+
+pub(super) async fn finish(task: &Task, ledger: &Ledger) {
+    task.stored().await;
+    if let Err(error) = ledger.record(Record::Settled).await {
+        tracing::warn!(%error, "failed to note that the session is settled");
+    }
+    remove_journal(&task.whose.uid, Role::Target).await;
+    tracing::info!(uid = task.whose.uid, "the target's part has ended");
+}
+
+pub(super) async fn clean_up(ledger: &Ledger, start: &Start) {
+    let (room, pod_uid) = (Room::of(&start.uid), start.pod_uid.clone());
+    let work = || {
+        let (room, pod_uid) = (room.clone(), pod_uid.clone());
+        async move {
+            blocking(move || {
+                room.remove().map_err(|e| Failed::because(Reason::StepFailed, &e))?;
+                shepherds::remove_hand_offs(&pod_uid).map_err(|e| Failed::because(Reason::StepFailed, &e))
+            })
+            .await?
+        }
+    };
+    ledger.until_done(Step::TargetCleanUp, work).await;
+}
+
+/// Before the commit: everything of the target is destroyed, journaled, and only then said.
+pub(super) async fn aborted(
+    task: &mut Task,
+    ledger: &Ledger,
+    start: &Start,
+    why: Failed,
+    say: Option<mpsc::Sender<FromTarget>>,
+) {
+    tracing::info!(reason = why.reason, message = why.message, "giving up the target");
+    if task.seen().migration.as_deref().and_then(decided_in).is_none() {
+        publish_failure(task, &why);
+    }
+    let (mut containers, namespace, added) = shepherds_of(ledger);
+    let (pod_uid, migration_uid) = (start.pod_uid.clone(), start.uid.clone());
+    let destroy = || {
+        let (pod_uid, migration_uid) = (pod_uid.clone(), migration_uid.clone());
+        let (namespace, added, known) = (namespace.clone(), added.clone(), containers.clone());
+        async move { destroy(pod_uid, migration_uid, known, namespace, added).await }
+    };
+    ledger.until_done(Step::TargetDestroy, destroy).await;
+    containers.clear();
+    // From here on this attempt can never be committed: only this agent could, and it knows.
+    ledger.decided(false, &why).await;
+    if let Some(say) = say {
+        let destroyed = FromTarget::Destroyed {
+            reason: why.reason.clone(),
+            message: condition::cut(&why.message, limits::MESSAGE_BYTES).to_owned(),
+        };
+        if say.send(destroyed).await.is_err() {
+            tracing::info!("the source is not connected any more: it reads the decision from the API");
+        }
+    }
+    let decided = task.decisions(start).abort(Party::Target, &why).await;
+    if decided == Decided::Committed {
+        tracing::error!("the decision is Committed although this agent did not commit; this is a bug");
+    }
+    task.wait_until_seen().await;
+    task.publish(|half| {
+        half.target.step = None;
+        half.target.destroyed = Some(true);
+    });
+    // The marker that fails a `create` stays until the kubelet cannot call it any more.
+    let mut pause = Duration::from_millis(100);
+    while task.pod_exists(&start.pod_name, &start.pod_uid).await != Some(false) {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 5 / 4).min(Duration::from_secs(5));
+    }
+    clean_up(ledger, start).await;
+    finish(task, ledger).await;
+}
+
+/// Ends everything of the target and verifies it.
+pub(super) async fn destroy(
+    pod_uid: String,
+    migration_uid: String,
+    known: Vec<TargetContainer>,
+    namespace: Option<PathBuf>,
+    added: Vec<IpAddr>,
+) -> Result<(), Failed> {
+    let failed = |e: shepherds::Error| Failed::because(Reason::StepFailed, &e);
+    let (uid, migration) = (pod_uid.clone(), migration_uid.clone());
+    let standing = blocking(move || {
+        shepherds::mark_aborted(&uid)?;
+        shepherds::standing(&uid, &migration)
+    })
+    .await?
+    .map_err(failed)?;
+    let mut cgroups: BTreeSet<PathBuf> = known.into_iter().map(|c| c.cgroup).collect();
+    let asks = standing
+        .iter()
+        .map(|report| shepherds::ask(&report.container_id, &Request::Abort, ANSWER));
+    for (answer, report) in futures::future::join_all(asks).await.into_iter().zip(&standing) {
+        cgroups.insert(PathBuf::from(&report.cgroup));
+        if let Err(error) = answer {
+            tracing::info!(
+                error = crate::error::chain(&error),
+                "a shepherd does not answer: killing what it holds"
+            );
+        }
+    }
+    blocking(move || {
+        for path in &cgroups {
+            // Also what a shepherd that has died left behind.
+            Cgroup::at(path)
+                .kill(KILL)
+                .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
+        }
+        if let Some(namespace) = namespace {
+            // The sandbox may be gone; where it is not, it goes with the pod.
+            if let Err(error) = holding::release_packets(&namespace) {
+                tracing::info!(
+                    error = crate::error::chain(&error),
+                    "failed to release the packets of a target that is gone"
+                );
+            }
+            if let Ok(file) = fs::File::open(&namespace) {
+                for address in added {
+                    if let Err(error) = addresses::remove_from_loopback(file.as_fd(), address) {
+                        tracing::info!(error = crate::error::chain(&error), "failed to remove an address");
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+    .await?
+}

@@ -1,0 +1,103 @@
+//! Network, restore and what CRIU does not do, before anything of the target runs.
+
+use std::{
+    fs,
+    net::IpAddr,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+};
+
+use crds::Reason;
+use hostsys::{addresses, inet_diag};
+use protocol::{
+    hand_off::{Request, State},
+    migrate::message::Facts,
+};
+
+use super::super::{
+    ledger::{Failed, Ledger},
+    shepherds,
+};
+use super::attempt::Ground;
+use crate::{checkpoint::Room, decide::step::Step, holding};
+
+/// Drops the pod's packets until it runs, and gives its sockets the addresses that they are bound to.
+pub(super) fn prepare_network(namespace: &Path, wanted: &[IpAddr]) -> Result<(), Failed> {
+    let failed = |what: &str, e: &(dyn std::error::Error + 'static)| {
+        Failed::new(
+            Reason::RestoreFailed,
+            format!("failed to {what}: {}", crate::error::chain(e)),
+        )
+    };
+    holding::hold_packets(namespace).map_err(|e| failed("hold the target pod's packets", &e))?;
+    let file = fs::File::open(namespace).map_err(|e| failed("open the target pod's network namespace", &e))?;
+    let present = addresses::list(file.as_fd()).map_err(|e| failed("list the target pod's addresses", &e))?;
+    for address in wanted {
+        if !present.iter().any(|(a, _)| a == address) {
+            addresses::add_to_loopback(file.as_fd(), *address)
+                .map_err(|e| failed("add an address to the target pod's loopback", &e))?;
+        }
+    }
+    Ok(())
+}
+
+/// Restores all containers at once through their shepherds, which hold them.
+pub(super) async fn restore(ledger: &Ledger, room: &Room, place: &Ground, order: &[usize]) -> Result<(), Failed> {
+    let restores = order.iter().zip(0u32..).filter_map(|(index, n)| {
+        let container = place.containers.get(*index)?;
+        let request = Request::Restore {
+            images: room.images(n).display().to_string(),
+            work: room.work(n).display().to_string(),
+        };
+        Some(async move {
+            (
+                container,
+                shepherds::ask(&container.id, &request, Step::TargetRestore.deadline()).await,
+            )
+        })
+    });
+    let all = futures::future::join_all(restores);
+    let answers = tokio::select! {
+        answers = all => answers,
+        why = ledger.stop.wait() => return Err(why),
+    };
+    let mut reasons = Vec::new();
+    for (container, answer) in answers {
+        match answer {
+            Ok(State::Held { .. }) => {}
+            Ok(State::Failed { message }) => {
+                reasons.push(format!("container {} could not be restored: {message}", container.name))
+            }
+            Ok(state) => reasons.push(format!("the shepherd of container {} is {state:?}", container.name)),
+            Err(error) => reasons.push(crate::error::chain(&error)),
+        }
+    }
+    if reasons.is_empty() {
+        Ok(())
+    } else {
+        Err(Failed::new(Reason::RestoreFailed, reasons.join("; ")))
+    }
+}
+
+/// What CRIU does not do: attributes of threads; connections whose peers cannot follow are ended.
+pub(super) fn adjust(namespace: &Path, cgroups: &[PathBuf], facts: &Facts) -> Result<(), Failed> {
+    let failed = |e: holding::Error| Failed::because(Reason::RestoreFailed, &e);
+    holding::set_attributes(cgroups, &facts.threads).map_err(failed)?;
+    let sockets = holding::sockets(namespace).map_err(failed)?;
+    let outside = inet_diag::outside(&sockets);
+    if outside.is_empty() {
+        return Ok(());
+    }
+    let network = |e: hostsys::sock_diag::Error| Failed::because(Reason::RestoreFailed, &e);
+    let file = fs::File::open(namespace).map_err(|e| {
+        Failed::new(
+            Reason::RestoreFailed,
+            format!("failed to open the target pod's network namespace: {e}"),
+        )
+    })?;
+    for socket in outside {
+        // Packets are held: the reset does not leave the pod, the program reads ECONNABORTED.
+        inet_diag::destroy(file.as_fd(), socket).map_err(network)?;
+    }
+    Ok(())
+}
