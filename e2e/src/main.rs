@@ -71,7 +71,10 @@ fn main() -> ExitCode {
                 .map(|outcome| if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
             Command::Pest { address, case } => scenario::pest(address, &case).map(|()| ExitCode::SUCCESS),
             Command::ApiServer { argv } => api_server::run(&argv),
-            Command::Witness { listen, socket } => witness::run(listen, &socket).map(|()| ExitCode::SUCCESS),
+            Command::Witness { listen, socket } => {
+                witness::end_with_input();
+                witness::run(listen, &socket).map(|()| ExitCode::SUCCESS)
+            }
             Command::Internal { argv } => cluster::internal(&argv),
         },
     };

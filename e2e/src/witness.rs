@@ -9,4 +9,4 @@ mod server;
 
 pub use ledger::{Gap, Ledger, Life};
 pub use report::Report;
-pub use server::{ask, run};
+pub use server::{Answer, ask, end_with_input, run};

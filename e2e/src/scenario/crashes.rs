@@ -26,9 +26,8 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     for phase in PHASES {
         let name = phase.as_str().to_lowercase();
         for (what, play) in [
-            ("the_sources_agent_killed", kill_source_agent as fn(&Stage, &str) -> Result<()>),
-            ("the_targets_agent_killed", kill_target_agent),
-            ("the_operator_killed", kill_operator),
+            // Agents are killed at each of their steps: see `steps`.
+            ("the_operator_killed", kill_operator as fn(&Stage, &str) -> Result<()>),
             ("the_connection_cut", cut),
             ("the_api_server_gone", api_server),
         ] {
@@ -88,19 +87,6 @@ impl Broken {
 fn kill(stage: &Stage, node: &str, program: &str) -> Result<()> {
     let script = format!("for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && kill -9 ${{p##*/}}; done; true");
     stage.on_node(node, &script).map(drop)
-}
-
-fn kill_source_agent(stage: &Stage, case: &str) -> Result<()> {
-    let broken = begin(stage, "agent-s", case)?;
-    kill(stage, &broken.source, "node-agent")?;
-    broken.end(stage)
-}
-
-fn kill_target_agent(stage: &Stage, case: &str) -> Result<()> {
-    let broken = begin(stage, "agent-t", case)?;
-    let target = stage.wait("a target", super::moves::SETTLED, || target_of(&broken.migration.get(stage)?).context("none was chosen"))?;
-    kill(stage, &target, "node-agent")?;
-    broken.end(stage)
 }
 
 fn kill_operator(stage: &Stage, case: &str) -> Result<()> {

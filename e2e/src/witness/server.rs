@@ -21,7 +21,15 @@ pub struct Answer {
     pub lives: Vec<Life>,
 }
 
-/// Listens until its standard input ends or it is killed.
+/// Ends this program when its standard input does: whoever started the witness holds the other end, and it must not outlive them, however they end.
+pub fn end_with_input() {
+    std::thread::spawn(|| {
+        drop(std::io::copy(&mut std::io::stdin(), &mut std::io::sink()));
+        std::process::exit(0);
+    });
+}
+
+/// Listens until it is killed.
 ///
 /// # Errors
 /// If an address or the socket cannot be had.
