@@ -3,6 +3,12 @@
 //! What the kernel of this machine does not have (io_uring switched off, no huge pages, not root) is skipped, by name.
 
 #![expect(unsafe_code, reason = "io_uring, userfaultfd and others have no safe wrapper in nix")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

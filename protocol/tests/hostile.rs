@@ -1,8 +1,12 @@
 //! Bytes that no program of ours would send: random, changed, cut, too long. Never a panic; always a named violation, or a
 //! message that is legal.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
-
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 #![expect(clippy::unwrap_used, reason = "a test")]
 
 use proptest::prelude::*;

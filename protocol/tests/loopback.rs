@@ -1,7 +1,11 @@
 //! Source and target machines, joined: a whole session, and a fault at every message.
 
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
-
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test")]
 
 use protocol::frame::{self, Kind};

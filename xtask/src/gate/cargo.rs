@@ -53,6 +53,7 @@ pub(super) fn clippy(root: &Path) -> Result<Outcome> {
     let mut command = repository::cargo(root);
     command.args([
         "clippy",
+        "--keep-going",
         "--locked",
         "--workspace",
         "--all-targets",
@@ -66,10 +67,12 @@ pub(super) fn clippy(root: &Path) -> Result<Outcome> {
 /// Links to private items are fine: nobody reads these documents without the source.
 pub(super) fn doc(root: &Path) -> Result<Outcome> {
     let mut command = repository::cargo(root);
-    command.args(["doc", "--locked", "--workspace", "--no-deps"]).env(
-        "RUSTDOCFLAGS",
-        "--deny warnings --allow rustdoc::private_intra_doc_links",
-    );
+    command
+        .args(["doc", "--keep-going", "--locked", "--workspace", "--no-deps"])
+        .env(
+            "RUSTDOCFLAGS",
+            "--deny warnings --allow rustdoc::private_intra_doc_links",
+        );
     simple(&mut command, "doc")
 }
 
