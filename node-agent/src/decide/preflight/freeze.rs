@@ -3,15 +3,15 @@
 //! Measured with CRIU 4.2 and runc 1.3 on a machine of two cores (`docs/measurements.md` repeats it): dump, copy and restore
 //! each pass all memory once, one thread; runc's and CRIU's start, the mounts and the write of the decision are fixed.
 
-/// Freezing, packets, the decision, the starts of runc and CRIU on both sides (360 to 430 ms were seen for a shell of 0.1 MiB
-/// while other moves ran beside it, 230 ms alone).
-const BASE_MS: u64 = 230;
+/// Freezing, packets, the decision, the starts of runc and CRIU on both sides. On two busy cores 360 to 430 ms were seen for a
+/// shell of 0.1 MiB, 640 to 870 ms for 64 MiB, 4.3 to 5.2 s for 1 GiB.
+const BASE_MS: u64 = 250;
 /// Mount tree, cgroup, images of one more container; two cores dump two at once.
-const CONTAINER_MS: u64 = 40;
+const CONTAINER_MS: u64 = 60;
 /// Dump and restore of a thread.
 const THREAD_US: u64 = 1000;
 /// Bytes in a millisecond for dump, copy through TLS, and restore together.
-const BYTES_PER_MS: u64 = 450 << 10;
+const BYTES_PER_MS: u64 = 350 << 10;
 
 /// The prediction.
 #[must_use]
