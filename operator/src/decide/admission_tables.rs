@@ -444,3 +444,16 @@ fn one_that_waits_for_its_turn_waits_for_a_node_that_is_away_too() {
     cluster.settle();
     assert!(is_true(&cluster.status().conditions, cond::ADMITTED));
 }
+
+#[test]
+fn a_refusal_that_comes_before_the_decision_was_opened_opens_none() {
+    let mut cluster = Cluster::new(json!({"target": {"nodeName": "a"}}));
+    cluster.round();
+    assert!(cluster.status().attempt.is_some() && cluster.status().decision.is_none());
+    cluster.source_checks(json!([]));
+    let decision = cluster.round();
+    assert!(decision.guarded);
+    assert_eq!(cluster.finished().1, "TargetIsSource");
+    cluster.settle();
+    assert!(cluster.status().decision.is_none());
+}

@@ -118,7 +118,12 @@ impl<'a> Draft<'a> {
             Some(DecisionValue::Undecided) => self.effects.abort = Some(cause),
             // Committed and Aborted have their own stages.
             Some(DecisionValue::Committed | DecisionValue::Aborted) => {}
-            None => self.refuse(&cause),
+            None => {
+                // It must not be opened behind the end, neither by this pass nor by one that saw a later status.
+                self.effects.open_decision = false;
+                self.guarded = true;
+                self.refuse(&cause);
+            }
         }
     }
 

@@ -178,6 +178,13 @@ impl Cluster {
         );
     }
 
+    /// One round of a pass.
+    pub(crate) fn round(&mut self) -> Decision {
+        let decision = decide(&self.world);
+        self.apply(&decision);
+        decision
+    }
+
     /// Applies one decision. True: something was done.
     fn apply(&mut self, decision: &Decision) -> bool {
         let stage = stage::of(&self.world);
