@@ -126,7 +126,8 @@ pub fn finalize(world: &World) -> Decision {
     let source_gone = end_source(&mut draft, since + jiff::SignedDuration::from_secs(grace), None);
     let waits = if !handed_over {
         Some("the new pod to be relabelled")
-    } else if !source_gone && world.now < over {
+    } else if !source_gone && (world.now < over || world.source_pod == Observed::Unknown) {
+        // One that could not even be looked at may not have been deleted yet, and behind the end nobody would.
         Some("the old pod to end")
     } else {
         None

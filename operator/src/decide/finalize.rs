@@ -53,8 +53,10 @@ pub fn decide(world: &World) -> Decision {
     residual(&mut draft, source_gone, released, source_node.as_deref());
     // Only what the user would miss holds the end up for ever: without the hand-over a deleted migration takes the pod along.
     let late = world.now >= over;
+    // A source that could not even be looked at may still have its object: behind the end nobody would delete it any more.
+    let unseen = world.source_pod == Observed::Unknown;
     if let Some((reason, what)) = waits
-        && (!late || !handed_over)
+        && (!late || !handed_over || unseen)
     {
         let wait = Wait {
             reason,
@@ -277,4 +279,48 @@ pub fn total(world: &World) -> i64 {
     i64::try_from(world.now.duration_since(begun).as_millis())
         .unwrap_or(i64::MAX)
         .max(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::fixture::{Cluster, Step, wakes_at};
+    use super::super::world::Observed;
+
+    /// Found by the simulation: an API server that gave no answers until the end of the wait left the source's pod behind.
+    #[test]
+    fn a_source_pod_that_could_not_be_read_is_not_left_behind() {
+        for cold in [false, true] {
+            let mut cluster = if cold {
+                let mut cluster = Cluster::new(json!({"strategy": {"type": "Cold"}}));
+                cluster.settle();
+                cluster.bind("b");
+                cluster.settle();
+                cluster.target_pod_runs(true);
+                cluster
+            } else {
+                let mut cluster = Cluster::new(json!({}));
+                cluster.until(Step::Sent);
+                assert!(cluster.commit());
+                cluster
+            };
+            let source = cluster.world.source_pod.clone();
+            if cold {
+                // The commit of a cold move needs the pod.
+                let decision = super::super::decide(&cluster.world);
+                cluster.change_status(|s| decision.view.write_into(s));
+            }
+            cluster.world.source_pod = Observed::Unknown;
+            cluster.settle();
+            cluster.pass_time(1_000);
+            let decision = cluster.settle();
+            assert!(!cluster.is_finished(), "cold: {cold}");
+            assert!(wakes_at(&decision).is_some_and(|at| at > cluster.world.now), "cold: {cold}");
+            // As soon as it can be read it goes.
+            cluster.world.source_pod = source;
+            cluster.settle();
+            assert!(!matches!(&cluster.world.source_pod, Observed::Present(p) if !super::pod::is_deleting(p)));
+        }
+    }
 }
