@@ -175,7 +175,8 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
         about.namespace.clone(),
         uninstall,
     ));
-    parts.spawn(keep::keep(host, requested, known.clone(), share));
+    parts.spawn(keep::keep(host, requested, known.clone()));
+    parts.spawn(keep::follow_memory(known.clone(), share));
 
     let ended = tokio::select! {
         _ = terminate.recv() => None,

@@ -62,7 +62,8 @@ pub fn remove(path: &Path) -> Result<bool, Error> {
     }
 }
 
-/// Removes a folder and all in it; one that is not there is no error.
+/// Removes a folder and all in it; one that is not there is no error. One that is a mount point (state on a disk of its own)
+/// is emptied.
 ///
 /// # Errors
 /// See [`Error`].
@@ -70,8 +71,13 @@ pub fn remove_all(path: &Path) -> Result<(), Error> {
     match fs::remove_dir_all(path) {
         Ok(()) => Ok(()),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::ResourceBusy && is_empty(path) => Ok(()),
         Err(e) => Err(Error("remove", path.to_owned(), e)),
     }
+}
+
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 /// Reads a file that may not exist.

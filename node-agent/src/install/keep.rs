@@ -17,8 +17,12 @@ use crate::host::Host;
 use crate::node_status::{Installation, Known};
 use crate::probe;
 
-/// How often everything is looked at again while all is well.
-const INTERVAL: Duration = Duration::from_secs(60);
+/// How often installation and probe are looked at again while all is well: it costs CRIU, runc and containerd a start each.
+const INTERVAL: Duration = Duration::from_secs(600);
+/// How often they are while something is missing: people install it and want to see it.
+const SOON: Duration = Duration::from_secs(60);
+/// How often the free memory is looked at.
+const MEMORY_INTERVAL: Duration = Duration::from_secs(30);
 
 /// How much memory checkpoints may use.
 #[derive(Clone, Copy, Debug)]
@@ -49,8 +53,8 @@ pub async fn follow_uninstall_request(client: Client, namespace: String, request
     }
 }
 
-/// Keeps installation, probe and memory limit in `known` up to date. Never returns.
-pub async fn keep(host: Host, mut uninstall: watch::Receiver<bool>, known: watch::Sender<Known>, share: MemoryShare) {
+/// Keeps installation and probe in `known` up to date. Never returns.
+pub async fn keep(host: Host, mut uninstall: watch::Receiver<bool>, known: watch::Sender<Known>) {
     let mut failures = 0u32;
     loop {
         let wanted_gone = *uninstall.borrow_and_update();
@@ -59,12 +63,25 @@ pub async fn keep(host: Host, mut uninstall: watch::Receiver<bool>, known: watch
         } else {
             put_in_place(&host, &known, &mut failures).await
         };
-        let limit = probe::memory::limit_now(share.percent, share.at_most);
-        known.send_modify(|k| k.checkpoint_limit_bytes = limit);
         // A new request is looked at immediately; an ended sender means that the agent ends.
         if matches!(timeout(wait, uninstall.changed()).await, Ok(Err(_))) {
             tokio::time::sleep(wait).await;
         }
+    }
+}
+
+/// Keeps the memory limit in `known` up to date. Never returns.
+pub async fn follow_memory(known: watch::Sender<Known>, share: MemoryShare) {
+    loop {
+        let limit = probe::memory::limit_now(share.percent, share.at_most);
+        known.send_if_modified(|k| {
+            let worth_telling = probe::memory::differs(k.checkpoint_limit_bytes, limit);
+            if worth_telling {
+                k.checkpoint_limit_bytes = limit;
+            }
+            worth_telling
+        });
+        tokio::time::sleep(MEMORY_INTERVAL).await;
     }
 }
 
@@ -92,6 +109,7 @@ async fn put_in_place(host: &Host, known: &watch::Sender<Known>, failures: &mut 
     let probe = tokio::task::spawn_blocking(move || probe::everything(oci.as_deref(), criu.as_deref()))
         .await
         .ok();
+    let complete = probe.as_ref().is_some_and(|p| p.missing.is_empty());
     known.send_modify(|k| {
         k.installation = installation;
         if probe.is_some() {
@@ -99,7 +117,7 @@ async fn put_in_place(host: &Host, known: &watch::Sender<Known>, failures: &mut 
             k.probed_at = Some(Timestamp::now());
         }
     });
-    wait
+    if complete { wait } else { wait.min(SOON) }
 }
 
 async fn take_away(known: &watch::Sender<Known>) -> Duration {
