@@ -307,18 +307,23 @@ fn number_before(text: &str, word: &str) -> usize {
         .unwrap_or_default()
 }
 
-/// From the first failure on, without the lines of tests that passed.
+/// What the failed tests printed, and the lines that name them.
 fn failures(lines: &[String]) -> String {
-    let interesting: Vec<String> = lines
-        .iter()
-        .filter(|line| !line.ends_with(" ... ok"))
-        .cloned()
-        .collect();
-    let first = interesting
-        .iter()
-        .position(|line| line.ends_with("FAILED") || line.starts_with("failures:") || line.starts_with("error"))
-        .unwrap_or_default();
-    tail(interesting.get(first..).unwrap_or_default())
+    let mut out = Vec::new();
+    let mut inside = false;
+    for line in lines {
+        // After the output of tests that passed (`successes:`) comes that of those that failed (`failures:`).
+        if line.starts_with("failures:") {
+            inside = true;
+        } else if line.starts_with("test result: ") || line.starts_with("successes:") {
+            inside = false;
+        }
+        let named = line.starts_with("error") || line.contains(" ... FAILED");
+        if (inside || named) && !line.trim().is_empty() {
+            out.push(line.clone());
+        }
+    }
+    if out.is_empty() { tail(lines) } else { tail(&out) }
 }
 
 fn tail(lines: &[String]) -> String {
@@ -331,6 +336,42 @@ fn tail(lines: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_failed_is_shown() {
+        let lines: Vec<String> = "\
+test a ... ok
+test b ... FAILED
+
+successes:
+
+---- a stdout ----
+fine
+
+successes:
+    a
+
+failures:
+
+---- b stdout ----
+assertion failed
+
+failures:
+    b
+
+test result: FAILED. 1 passed; 1 failed; 0 ignored
+test c ... ok
+error: 1 target failed:"
+            .lines()
+            .map(str::to_owned)
+            .collect();
+        let text = failures(&lines);
+        assert!(
+            text.contains("assertion failed") && text.contains("1 target failed"),
+            "{text}"
+        );
+        assert!(!text.contains("fine") && !text.contains("test c"), "{text}");
+    }
 
     #[test]
     fn results_are_read_with_the_names_of_their_programs() {
