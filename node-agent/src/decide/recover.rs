@@ -108,8 +108,8 @@ mod tests {
     const FORWARD_TARGET: &[Step] = &[
         Step::TargetHandOff,
         Step::TargetReserve,
-        Step::TargetReceive,
         Step::TargetPrepareNetwork,
+        Step::TargetReceive,
         Step::TargetRestore,
         Step::TargetAdjust,
         Step::TargetCommit,

@@ -87,10 +87,10 @@ steps! {
     TargetHandOff "target.hand_off" Target 10,
     /// Accepts the source and makes room for the images.
     TargetReserve "target.reserve" Target 10,
+    /// Drops the pod's packets.
+    TargetPrepareNetwork "target.prepare_network" Target 10,
     /// Receives images and files.
     TargetReceive "target.receive" Target 3600,
-    /// Drops the pod's packets, adds addresses.
-    TargetPrepareNetwork "target.prepare_network" Target 10,
     /// Restores all containers, held.
     TargetRestore "target.restore" Target 600,
     /// Sets what CRIU does not, closes connections that cannot live.

@@ -63,8 +63,18 @@ impl Attempt {
         let limit = *task.ctx.checkpoint_limit_bytes.borrow();
         let (pod_uid, memory) = (self.brief.start.pod_uid.clone(), self.brief.memory_bytes);
         let reserve = {
-            let room = room.clone();
-            async move { blocking(move || reserve(&pod_uid, memory, limit, &room)).await? }
+            let (room, path) = (room.clone(), marker(&self.brief.start));
+            async move {
+                blocking(move || {
+                    // Before the freeze, because it takes the disk some milliseconds. Until it is removed the wrapper starts
+                    // no container of this pod: neither when one is killed inside the freeze, nor after a reboot.
+                    write_marker(&path).map_err(|e| {
+                        Failed::new(Reason::StepFailed, format!("failed to write {}: {e}", path.display()))
+                    })?;
+                    reserve(&pod_uid, memory, limit, &room)
+                })
+                .await?
+            }
         };
         let (pod, maxima) = ledger.forward(Step::SourceReserve, reserve).await?;
         let pod = Arc::new(pod);
@@ -219,14 +229,7 @@ impl Attempt {
         ledger.forward(Step::SourceCure, cure).await?;
 
         say_step(task, Step::SourceComplete);
-        let path = marker(&start);
         let complete = async {
-            blocking(move || write_marker(&path)).await?.map_err(|e| {
-                Failed::new(
-                    Reason::StepFailed,
-                    format!("failed to write the moved-away marker: {e}"),
-                )
-            })?;
             message(
                 outbox,
                 FromSource::Complete {

@@ -30,7 +30,7 @@ use super::super::{
 use super::{
     Brief,
     receive::{Incoming, Received, Targets, manifest_order, reserve, write_all},
-    restore::{adjust, prepare_network, restore},
+    restore::{adjust, hold_packets, restore},
 };
 use crate::{
     checkpoint::Room,
@@ -103,6 +103,14 @@ impl Attempt {
                 return Err(why);
             }
         }
+        // Before the source freezes: nobody may reach what is being rebuilt, and the hold costs milliseconds.
+        say_step(task, Step::TargetPrepareNetwork);
+        let namespace = place.network_namespace.clone();
+        let hold = async { blocking(move || hold_packets(&namespace)).await? };
+        if let Err(why) = ledger.forward(Step::TargetPrepareNetwork, hold).await {
+            self.link = Some(link);
+            return Err(why);
+        }
         say(&link.say, FromTarget::ManifestAccepted).await?;
 
         say_step(task, Step::TargetReceive);
@@ -125,20 +133,18 @@ impl Attempt {
             say(say_to, FromTarget::Received).await.ok();
         }
 
-        say_step(task, Step::TargetPrepareNetwork);
         ledger
             .record(Record::Addresses {
                 addresses: facts.addresses.clone(),
             })
             .await?;
-        let (namespace, wanted) = (place.network_namespace.clone(), facts.addresses.clone());
-        let prepare = async { blocking(move || prepare_network(&namespace, &wanted)).await? };
-        ledger.forward(Step::TargetPrepareNetwork, prepare).await?;
-
         say_step(task, Step::TargetRestore);
         let restoring = Instant::now();
         ledger
-            .forward(Step::TargetRestore, restore(ledger, &room, &place, &order))
+            .forward(
+                Step::TargetRestore,
+                restore(ledger, &room, &place, &order, facts.addresses.clone()),
+            )
             .await?;
         let restore_milliseconds = millis(restoring);
         task.publish(|half| half.target.restore_milliseconds = Some(restore_milliseconds));

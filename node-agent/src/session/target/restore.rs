@@ -15,21 +15,29 @@ use protocol::{
 };
 
 use super::super::{
-    ledger::{Failed, Ledger},
+    ledger::{Failed, Ledger, blocking},
     shepherds,
 };
 use super::attempt::Ground;
 use crate::{checkpoint::Room, decide::step::Step, holding};
 
-/// Drops the pod's packets until it runs, and gives its sockets the addresses that they are bound to.
-pub(super) fn prepare_network(namespace: &Path, wanted: &[IpAddr]) -> Result<(), Failed> {
-    let failed = |what: &str, e: &(dyn std::error::Error + 'static)| {
-        Failed::new(
-            Reason::RestoreFailed,
-            format!("failed to {what}: {}", crate::error::chain(e)),
-        )
-    };
-    holding::hold_packets(namespace).map_err(|e| failed("hold the target pod's packets", &e))?;
+fn failed(what: &str, e: &(dyn std::error::Error + 'static)) -> Failed {
+    Failed::new(
+        Reason::RestoreFailed,
+        format!("failed to {what}: {}", crate::error::chain(e)),
+    )
+}
+
+/// Drops the pod's packets until it runs.
+pub(super) fn hold_packets(namespace: &Path) -> Result<(), Failed> {
+    holding::hold_packets(namespace).map_err(|e| failed("hold the target pod's packets", &e))
+}
+
+/// Gives the pod's sockets the addresses that they are bound to.
+fn add_addresses(namespace: &Path, wanted: &[IpAddr]) -> Result<(), Failed> {
+    if wanted.is_empty() {
+        return Ok(());
+    }
     let file = fs::File::open(namespace).map_err(|e| failed("open the target pod's network namespace", &e))?;
     let present = addresses::list(file.as_fd()).map_err(|e| failed("list the target pod's addresses", &e))?;
     for address in wanted {
@@ -42,7 +50,15 @@ pub(super) fn prepare_network(namespace: &Path, wanted: &[IpAddr]) -> Result<(),
 }
 
 /// Restores all containers at once through their shepherds, which hold them.
-pub(super) async fn restore(ledger: &Ledger, room: &Room, place: &Ground, order: &[usize]) -> Result<(), Failed> {
+pub(super) async fn restore(
+    ledger: &Ledger,
+    room: &Room,
+    place: &Ground,
+    order: &[usize],
+    wanted: Vec<IpAddr>,
+) -> Result<(), Failed> {
+    let namespace = place.network_namespace.clone();
+    blocking(move || add_addresses(&namespace, &wanted)).await??;
     let restores = order.iter().zip(0u32..).filter_map(|(index, n)| {
         let container = place.containers.get(*index)?;
         let request = Request::Restore {
