@@ -13,15 +13,34 @@ use super::subject::{Plan, Subject};
 use crate::invariants;
 
 /// The phases of a move in their order.
-const PHASES: [Phase; 6] = [Phase::Pending, Phase::Preparing, Phase::Freezing, Phase::Restoring, Phase::Committing, Phase::Finalizing];
+const PHASES: [Phase; 6] = [
+    Phase::Pending,
+    Phase::Preparing,
+    Phase::Freezing,
+    Phase::Restoring,
+    Phase::Committing,
+    Phase::Finalizing,
+];
 
 pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for phase in PHASES {
         let name = phase.as_str().to_lowercase();
         all.push(Scenario::new(format!("a_cancel_while_{name}_ends_with_one_copy"), cancel).case(phase.as_str()));
-        all.push(Scenario::new(format!("a_pod_deleted_while_{name}_is_gone_and_nothing_is_left"), delete_pod).case(phase.as_str()));
-        all.push(Scenario::new(format!("a_migration_deleted_while_{name}_ends_with_one_copy"), delete_migration).case(phase.as_str()));
+        all.push(
+            Scenario::new(
+                format!("a_pod_deleted_while_{name}_is_gone_and_nothing_is_left"),
+                delete_pod,
+            )
+            .case(phase.as_str()),
+        );
+        all.push(
+            Scenario::new(
+                format!("a_migration_deleted_while_{name}_ends_with_one_copy"),
+                delete_migration,
+            )
+            .case(phase.as_str()),
+        );
     }
     all
 }
@@ -29,21 +48,36 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 /// Starts a move and waits until it has reached a phase, or is past it.
 fn until(stage: &Stage, subject: &Subject, wanted: &str) -> Result<Move> {
     let migration = Move::create(stage, &subject.pod, None, &json!({}))?;
-    migration.wait(stage, wanted, SETTLED, |migration| phase(migration).is_some_and(|phase| phase.as_str() == wanted || PHASES.iter().any(|one| one.as_str() == wanted && *one < phase)))?;
+    migration.wait(stage, wanted, SETTLED, |migration| {
+        phase(migration).is_some_and(|phase| {
+            phase.as_str() == wanted || PHASES.iter().any(|one| one.as_str() == wanted && *one < phase)
+        })
+    })?;
     Ok(migration)
 }
 
 /// Enough memory that a freeze lasts long enough to be hit.
 fn plan(name: &str, wanted: &str) -> Plan {
-    let mib = if ["Freezing", "Restoring", "Committing"].contains(&wanted) { 512 } else { 64 };
-    Plan { mib, ..Plan::small(&format!("{name}-{}", wanted.to_lowercase())) }
+    let mib = if ["Freezing", "Restoring", "Committing"].contains(&wanted) {
+        512
+    } else {
+        64
+    };
+    Plan {
+        mib,
+        ..Plan::small(&format!("{name}-{}", wanted.to_lowercase()))
+    }
 }
 
 /// After the end: the pod is where the migration says, whichever way it went.
 fn one_copy(stage: &Stage, subject: &mut Subject, migration: &ProcessMigration) -> Result<()> {
     match phase(migration) {
         Some(Phase::Succeeded) => follow(subject, migration)?,
-        Some(Phase::Canceled) => ensure!(because(migration, "Succeeded").0 == "CanceledByUser", "{}", story(migration)),
+        Some(Phase::Canceled) => ensure!(
+            because(migration, "Succeeded").0 == "CanceledByUser",
+            "{}",
+            story(migration)
+        ),
         _ => anyhow::bail!("neither moved nor canceled: {}", story(migration)),
     }
     subject.check(stage)?;
@@ -67,16 +101,22 @@ fn cancel(stage: &Stage, case: &str) -> Result<()> {
 fn delete_migration(stage: &Stage, case: &str) -> Result<()> {
     let mut subject = Subject::start(stage, &plan("object", case))?;
     let migration = until(stage, &subject, case)?;
-    let target = migration.get(stage)?.status.and_then(|status| status.target).and_then(|target| target.pod_name);
+    let target = migration
+        .get(stage)?
+        .status
+        .and_then(|status| status.target)
+        .and_then(|target| target.pod_name);
     stage.delete::<ProcessMigration>(&migration.name, None)?;
     let mut last = None;
-    stage.wait("the migration to be gone", SETTLED, || match stage.find::<ProcessMigration>(NAMESPACE, &migration.name)? {
-        Some(object) => {
-            let story = story(&object);
-            last = Some(object);
-            anyhow::bail!("{story}")
+    stage.wait("the migration to be gone", SETTLED, || {
+        match stage.find::<ProcessMigration>(NAMESPACE, &migration.name)? {
+            Some(object) => {
+                let story = story(&object);
+                last = Some(object);
+                anyhow::bail!("{story}")
+            }
+            None => Ok(()),
         }
-        None => Ok(()),
     })?;
     // Whether it was committed before it was deleted is seen by which pod is there.
     if stage.find::<Pod>(NAMESPACE, &subject.pod)?.is_none() {
@@ -102,7 +142,11 @@ fn delete_pod(stage: &Stage, case: &str) -> Result<()> {
         subject.check(stage)?;
         invariants::exactly_one(stage, &subject)?;
     } else {
-        ensure!(["PodDeleted", "PodTerminating", "SourceLost"].contains(&because(&settled, "Succeeded").0.as_str()), "{}", story(&settled));
+        ensure!(
+            ["PodDeleted", "PodTerminating", "SourceLost"].contains(&because(&settled, "Succeeded").0.as_str()),
+            "{}",
+            story(&settled)
+        );
         invariants::none(stage, &subject)?;
     }
     invariants::nothing_left(stage)?;

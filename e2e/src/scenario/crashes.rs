@@ -31,10 +31,26 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             ("the_connection_cut", cut),
             ("the_api_server_gone", api_server),
         ] {
-            all.push(Scenario { limit: Duration::from_secs(300), ..Scenario::new(format!("{what}_while_{name}_leaves_one_copy"), play).case(phase.as_str()).own_cluster() });
+            all.push(Scenario {
+                limit: Duration::from_secs(300),
+                ..Scenario::new(format!("{what}_while_{name}_leaves_one_copy"), play)
+                    .case(phase.as_str())
+                    .own_cluster()
+            });
         }
-        for (what, play) in [("source", crash_source as fn(&Stage, &str) -> Result<()>), ("target", crash_target)] {
-            all.push(Scenario { limit: Duration::from_secs(400), ..Scenario::new(format!("the_{what}_node_crashed_while_{name}_loses_nothing_that_survived"), play).case(phase.as_str()).own_cluster() });
+        for (what, play) in [
+            ("source", crash_source as fn(&Stage, &str) -> Result<()>),
+            ("target", crash_target),
+        ] {
+            all.push(Scenario {
+                limit: Duration::from_secs(400),
+                ..Scenario::new(
+                    format!("the_{what}_node_crashed_while_{name}_loses_nothing_that_survived"),
+                    play,
+                )
+                .case(phase.as_str())
+                .own_cluster()
+            });
         }
     }
     all
@@ -48,14 +64,30 @@ struct Broken {
 }
 
 fn begin(stage: &Stage, name: &str, wanted: &str) -> Result<Broken> {
-    let mib = if ["Freezing", "Restoring"].contains(&wanted) { 512 } else { 64 };
-    let subject = Subject::start(stage, &Plan { mib, ..Plan::small(&format!("{name}-{}", wanted.to_lowercase())) })?;
+    let mib = if ["Freezing", "Restoring"].contains(&wanted) {
+        512
+    } else {
+        64
+    };
+    let subject = Subject::start(
+        stage,
+        &Plan {
+            mib,
+            ..Plan::small(&format!("{name}-{}", wanted.to_lowercase()))
+        },
+    )?;
     let source = subject.node(stage)?;
     let migration = Move::create(stage, &subject.pod, None, &json!({"progressTimeoutSeconds": 30}))?;
     migration.wait(stage, wanted, super::moves::SETTLED, |migration| {
-        phase(migration).is_some_and(|phase| phase.as_str() == wanted || PHASES.iter().any(|one| one.as_str() == wanted && *one < phase))
+        phase(migration).is_some_and(|phase| {
+            phase.as_str() == wanted || PHASES.iter().any(|one| one.as_str() == wanted && *one < phase)
+        })
     })?;
-    Ok(Broken { subject, migration, source })
+    Ok(Broken {
+        subject,
+        migration,
+        source,
+    })
 }
 
 /// The target node, if one was chosen yet.
@@ -70,7 +102,11 @@ impl Broken {
         if is_true(&settled, "Committed") || phase(&settled) == Some(Phase::Succeeded) {
             follow(&mut self.subject, &settled)?;
         } else {
-            ensure!(matches!(phase(&settled), Some(Phase::RolledBack | Phase::Failed)), "{}", story(&settled));
+            ensure!(
+                matches!(phase(&settled), Some(Phase::RolledBack | Phase::Failed)),
+                "{}",
+                story(&settled)
+            );
         }
         self.subject.check(stage)?;
         invariants::one_life(stage, &self.subject)?;
@@ -85,7 +121,9 @@ impl Broken {
 
 /// Kills the programs of that name on a node as the kernel does when memory runs out.
 fn kill(stage: &Stage, node: &str, program: &str) -> Result<()> {
-    let script = format!("for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && kill -9 ${{p##*/}}; done; true");
+    let script = format!(
+        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && kill -9 ${{p##*/}}; done; true"
+    );
     stage.on_node(node, &script).map(drop)
 }
 
@@ -99,7 +137,9 @@ fn kill_operator(stage: &Stage, case: &str) -> Result<()> {
 
 fn cut(stage: &Stage, case: &str) -> Result<()> {
     let broken = begin(stage, "cut", case)?;
-    let target = stage.wait("a target", super::moves::SETTLED, || target_of(&broken.migration.get(stage)?).context("none was chosen"))?;
+    let target = stage.wait("a target", super::moves::SETTLED, || {
+        target_of(&broken.migration.get(stage)?).context("none was chosen")
+    })?;
     let cluster = stage.cluster()?;
     let (one, other) = (cluster.node(&broken.source)?, cluster.node(&target)?);
     cluster.net_cut(one, other)?;
@@ -126,10 +166,18 @@ fn crash_source(stage: &Stage, case: &str) -> Result<()> {
     cluster.node_crash(node)?;
     // Only what the operator can know by now counts: whether it was committed.
     let settled = broken.migration.wait(stage, "decided", SETTLED, |migration| {
-        migration.status.as_ref().and_then(|status| status.decision.as_ref()).is_some_and(|decision| decision.value != crds::process_migration::DecisionValue::Undecided)
+        migration
+            .status
+            .as_ref()
+            .and_then(|status| status.decision.as_ref())
+            .is_some_and(|decision| decision.value != crds::process_migration::DecisionValue::Undecided)
     });
     let committed = settled.as_ref().is_ok_and(|migration| {
-        migration.status.as_ref().and_then(|status| status.decision.as_ref()).is_some_and(|decision| decision.value == crds::process_migration::DecisionValue::Committed)
+        migration
+            .status
+            .as_ref()
+            .and_then(|status| status.decision.as_ref())
+            .is_some_and(|decision| decision.value == crds::process_migration::DecisionValue::Committed)
     });
     if committed {
         // The workload survives its node.
@@ -146,7 +194,12 @@ fn crash_source(stage: &Stage, case: &str) -> Result<()> {
     install::wait_at_work(stage)?;
     broken.subject.remove(stage)?;
     stage.wait("no pod to be left", Duration::from_secs(60), || {
-        ensure!(stage.list::<Pod>(NAMESPACE, &format!("app={}", broken.subject.name))?.is_empty(), "there is one");
+        ensure!(
+            stage
+                .list::<Pod>(NAMESPACE, &format!("app={}", broken.subject.name))?
+                .is_empty(),
+            "there is one"
+        );
         Ok(())
     })?;
     no_doubles(stage, &broken.subject)?;
@@ -156,21 +209,37 @@ fn crash_source(stage: &Stage, case: &str) -> Result<()> {
 /// I1 without the demand of a single life: a pod of a crashed machine may start again.
 fn no_doubles(stage: &Stage, subject: &Subject) -> Result<()> {
     for life in subject.lives(stage)?.unwrap_or_default() {
-        ensure!(life.doubled == 0 && life.backward == 0, "two copies of {} ran: {} doubled, {} backward", life.token, life.doubled, life.backward);
+        ensure!(
+            life.doubled == 0 && life.backward == 0,
+            "two copies of {} ran: {} doubled, {} backward",
+            life.token,
+            life.doubled,
+            life.backward
+        );
     }
     Ok(())
 }
 
 fn crash_target(stage: &Stage, case: &str) -> Result<()> {
     let broken = begin(stage, "node-t", case)?;
-    let target = stage.wait("a target", super::moves::SETTLED, || target_of(&broken.migration.get(stage)?).context("none was chosen"))?;
+    let target = stage.wait("a target", super::moves::SETTLED, || {
+        target_of(&broken.migration.get(stage)?).context("none was chosen")
+    })?;
     let cluster = stage.cluster()?;
     let node = cluster.node(&target)?;
     cluster.node_crash(node)?;
     let now = broken.migration.wait(stage, "decided", SETTLED, |migration| {
-        migration.status.as_ref().and_then(|status| status.decision.as_ref()).is_some_and(|decision| decision.value != crds::process_migration::DecisionValue::Undecided)
+        migration
+            .status
+            .as_ref()
+            .and_then(|status| status.decision.as_ref())
+            .is_some_and(|decision| decision.value != crds::process_migration::DecisionValue::Undecided)
     })?;
-    let committed = now.status.as_ref().and_then(|status| status.decision.as_ref()).is_some_and(|decision| decision.value == crds::process_migration::DecisionValue::Committed);
+    let committed = now
+        .status
+        .as_ref()
+        .and_then(|status| status.decision.as_ref())
+        .is_some_and(|decision| decision.value == crds::process_migration::DecisionValue::Committed);
     if !committed {
         let settled = broken.migration.wait(stage, "settled", SETTLED, is_settled);
         cluster.node_start(node)?;
@@ -182,7 +251,10 @@ fn crash_target(stage: &Stage, case: &str) -> Result<()> {
     install::wait_at_work(stage)?;
     broken.migration.wait(stage, "settled", SETTLED, is_settled)?;
     no_doubles(stage, &broken.subject)?;
-    ensure!(stage.find::<Pod>(NAMESPACE, &broken.subject.pod)?.is_none(), "the released source is there again");
+    ensure!(
+        stage.find::<Pod>(NAMESPACE, &broken.subject.pod)?.is_none(),
+        "the released source is there again"
+    );
     broken.subject.remove(stage)?;
     invariants::nothing_left(stage)
 }

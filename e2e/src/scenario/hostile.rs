@@ -19,10 +19,28 @@ use crate::invariants;
 pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<Scenario> = ["absent", "corrupt", "truncated", "oversized", "foreign", "a_link"]
         .into_iter()
-        .map(|case| Scenario::new(format!("a_target_with_a_hand_off_that_is_{case}_never_starts"), hand_off).case(case).own_cluster())
+        .map(|case| {
+            Scenario::new(
+                format!("a_target_with_a_hand_off_that_is_{case}_never_starts"),
+                hand_off,
+            )
+            .case(case)
+            .own_cluster()
+        })
         .collect();
-    all.extend(["truncated", "overwritten", "removed"].into_iter().map(|case| Scenario::new(format!("an_image_that_is_{case}_is_refused_and_the_source_runs_on"), image).case(case).own_cluster()));
-    all.extend(["noise", "silence", "http", "flood"].into_iter().map(|case| Scenario::new(format!("a_peer_that_sends_{case}_changes_nothing"), peer).case(case).own_cluster()));
+    all.extend(["truncated", "overwritten", "removed"].into_iter().map(|case| {
+        Scenario::new(
+            format!("an_image_that_is_{case}_is_refused_and_the_source_runs_on"),
+            image,
+        )
+        .case(case)
+        .own_cluster()
+    }));
+    all.extend(["noise", "silence", "http", "flood"].into_iter().map(|case| {
+        Scenario::new(format!("a_peer_that_sends_{case}_changes_nothing"), peer)
+            .case(case)
+            .own_cluster()
+    }));
     all
 }
 
@@ -30,9 +48,14 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 fn hand_off(stage: &Stage, case: &str) -> Result<()> {
     let name = format!("forged-{}", case.replace('_', "-"));
     let node = stage.nodes().first().cloned().context("there is no node")?;
-    let plan = Plan { mib: 1, spec: json!({"runtimeClassName": "peregrine", "nodeName": node}), ..Plan::small(&name) };
+    let plan = Plan {
+        mib: 1,
+        spec: json!({"runtimeClassName": "peregrine", "nodeName": node}),
+        ..Plan::small(&name)
+    };
     let mut pod = plan.pod(&stage.images().workload.name(), stage.witness_address().as_deref());
-    pod["metadata"]["annotations"] = json!({(crds::names::ANNOTATION_TARGET_OF): "00000000-0000-4000-8000-000000000000"});
+    pod["metadata"]["annotations"] =
+        json!({(crds::names::ANNOTATION_TARGET_OF): "00000000-0000-4000-8000-000000000000"});
     let pod = match stage.create::<Pod>(pod) {
         Ok(pod) => pod,
         // An admission policy that keeps users from forging targets is as good.
@@ -41,7 +64,11 @@ fn hand_off(stage: &Stage, case: &str) -> Result<()> {
     };
     let uid = pod.metadata.uid.clone().context("the pod has no uid")?;
     let file = HandOff {
-        pod_uid: if case == "foreign" { "11111111-1111-4111-8111-111111111111".to_owned() } else { uid.clone() },
+        pod_uid: if case == "foreign" {
+            "11111111-1111-4111-8111-111111111111".to_owned()
+        } else {
+            uid.clone()
+        },
         namespace: NAMESPACE.to_owned(),
         pod_name: name.clone(),
         container: "main".to_owned(),
@@ -51,7 +78,11 @@ fn hand_off(stage: &Stage, case: &str) -> Result<()> {
     .seal()
     .context("cannot seal a hand-off")?;
     let bytes = match case {
-        "corrupt" => file.iter().enumerate().map(|(place, byte)| if place == file.len() / 2 { byte ^ 1 } else { *byte }).collect(),
+        "corrupt" => file
+            .iter()
+            .enumerate()
+            .map(|(place, byte)| if place == file.len() / 2 { byte ^ 1 } else { *byte })
+            .collect(),
         "truncated" => file[..file.len() / 2].to_vec(),
         "oversized" => [file.as_slice(), &vec![b' '; MAX_FILE * 2]].concat(),
         _ => file.clone(),
@@ -64,22 +95,37 @@ fn hand_off(stage: &Stage, case: &str) -> Result<()> {
             format!("umask 077; mkdir -p {folder}; cat > {folder}/new; mv {folder}/new {folder}/{HAND_OFF_FILE}")
         };
         let cluster = stage.cluster()?;
-        input(cluster.exec(cluster.node(&node)?, &["sh", "-c", &script])?, &bytes, "the forged hand-off")?;
+        input(
+            cluster.exec(cluster.node(&node)?, &["sh", "-c", &script])?,
+            &bytes,
+            "the forged hand-off",
+        )?;
     }
     // A hand-off is waited for; a wrong one is refused at once or after that wait.
-    let result = stage.wait("the kubelet to say why the container does not start", Duration::from_secs(100), || {
-        let pod = stage.find::<Pod>(NAMESPACE, &name)?.context("the pod is gone")?;
-        for status in pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()) {
-            let state = status.state.as_ref();
-            if let Some(waiting) = state.and_then(|state| state.waiting.as_ref()).filter(|waiting| waiting.reason.as_deref() != Some("ContainerCreating")) {
-                return Ok(waiting.message.clone().unwrap_or_default());
+    let result = stage.wait(
+        "the kubelet to say why the container does not start",
+        Duration::from_secs(100),
+        || {
+            let pod = stage.find::<Pod>(NAMESPACE, &name)?.context("the pod is gone")?;
+            for status in pod
+                .status
+                .iter()
+                .flat_map(|status| status.container_statuses.iter().flatten())
+            {
+                let state = status.state.as_ref();
+                if let Some(waiting) = state
+                    .and_then(|state| state.waiting.as_ref())
+                    .filter(|waiting| waiting.reason.as_deref() != Some("ContainerCreating"))
+                {
+                    return Ok(waiting.message.clone().unwrap_or_default());
+                }
+                if let Some(ended) = status.last_state.as_ref().and_then(|last| last.terminated.as_ref()) {
+                    return Ok(ended.message.clone().unwrap_or_default());
+                }
             }
-            if let Some(ended) = status.last_state.as_ref().and_then(|last| last.terminated.as_ref()) {
-                return Ok(ended.message.clone().unwrap_or_default());
-            }
-        }
-        bail!("it does not say anything yet")
-    });
+            bail!("it does not say anything yet")
+        },
+    );
     let lives = stage.witnessed(&name)?.map(|(_, lives)| lives).unwrap_or_default();
     stage.delete::<Pod>(&name, Some(0))?;
     stage.on_node(&node, &format!("rm -rf {HAND_OFF_DIR}/{uid} /run/forged"))?;
@@ -95,7 +141,13 @@ fn hand_off(stage: &Stage, case: &str) -> Result<()> {
 
 /// Images are changed on the target while they arrive: the move fails and the source runs on, or it was too late and the move is whole.
 fn image(stage: &Stage, case: &str) -> Result<()> {
-    let mut subject = Subject::start(stage, &Plan { mib: 256, ..Plan::small(&format!("image-{case}")) })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 256,
+            ..Plan::small(&format!("image-{case}"))
+        },
+    )?;
     let source = subject.node(stage)?;
     let target = stage.other_node(&[&source])?;
     let change = match case {
@@ -128,13 +180,23 @@ fn image(stage: &Stage, case: &str) -> Result<()> {
 
 /// Somebody who is no agent talks to an agent's port, and stays.
 fn peer(stage: &Stage, case: &str) -> Result<()> {
-    let mut subject = Subject::start(stage, &Plan { mib: 16, ..Plan::small(&format!("peer-{case}")) })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 16,
+            ..Plan::small(&format!("peer-{case}"))
+        },
+    )?;
     let cluster = stage.cluster()?;
     let program = images::program("peregrine-e2e")?.display().to_string();
     let mut pests = Vec::new();
     for node in cluster.nodes() {
         let address = format!("{}:{}", node.address(), crds::names::PORT_AGENT);
-        let pest = cluster.exec(Member::Outside, &[&program, "pest", &address, case])?.stdin(std::process::Stdio::null()).spawn().context("cannot start the pest")?;
+        let pest = cluster
+            .exec(Member::Outside, &[&program, "pest", &address, case])?
+            .stdin(std::process::Stdio::null())
+            .spawn()
+            .context("cannot start the pest")?;
         pests.push(pest);
     }
     let result = move_to(stage, &mut subject, None).and_then(|_| move_to(stage, &mut subject, None));
@@ -155,11 +217,16 @@ fn peer(stage: &Stage, case: &str) -> Result<()> {
 /// If nobody listens at the address.
 pub fn pest(address: std::net::SocketAddr, case: &str) -> Result<()> {
     use std::io::{Read as _, Write as _};
-    let noise: Vec<u8> = (0..65_536u32).map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let noise: Vec<u8> = (0..65_536u32)
+        .map(|number| (number.wrapping_mul(2_654_435_761) >> 24) as u8)
+        .collect();
     let mut open = Vec::new();
     loop {
-        let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5)).with_context(|| format!("nobody listens on {address}"))?;
-        stream.set_read_timeout(Some(Duration::from_millis(500))).context("cannot set a timeout")?;
+        let mut stream = std::net::TcpStream::connect_timeout(&address, Duration::from_secs(5))
+            .with_context(|| format!("nobody listens on {address}"))?;
+        stream
+            .set_read_timeout(Some(Duration::from_millis(500)))
+            .context("cannot set a timeout")?;
         // The other side hangs up when it has heard enough: that is no failure of the pest.
         match case {
             "noise" => drop(stream.write_all(&noise)),

@@ -17,9 +17,18 @@ use super::{install, runner};
 use crate::invariants;
 
 pub(super) fn scenarios() -> Vec<Scenario> {
-    let long = |name: &str, play| Scenario { limit: Duration::from_secs(420), ..Scenario::new(name, play) }.own_cluster();
+    let long = |name: &str, play| {
+        Scenario {
+            limit: Duration::from_secs(420),
+            ..Scenario::new(name, play)
+        }
+        .own_cluster()
+    };
     vec![
-        long("an_upgrade_of_the_agents_with_a_move_under_way_leaves_one_copy", upgrade),
+        long(
+            "an_upgrade_of_the_agents_with_a_move_under_way_leaves_one_copy",
+            upgrade,
+        ),
         long("an_uninstall_with_a_move_under_way_leaves_one_copy", uninstall_busy),
         long("an_uninstall_while_idle_leaves_the_nodes_as_they_were", uninstall_idle),
     ]
@@ -27,12 +36,23 @@ pub(super) fn scenarios() -> Vec<Scenario> {
 
 /// The agents are replaced, node after node, while a pod is on its way.
 fn upgrade(stage: &Stage, _: &str) -> Result<()> {
-    let mut subject = Subject::start(stage, &Plan { mib: 512, ..Plan::small("upgrade") })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 512,
+            ..Plan::small("upgrade")
+        },
+    )?;
     let migration = Move::create(stage, &subject.pod, None, &json!({}))?;
-    migration.wait(stage, "begun", SETTLED, |migration| phase(migration).is_some_and(|phase| phase.as_str() != "Pending"))?;
+    migration.wait(stage, "begun", SETTLED, |migration| {
+        phase(migration).is_some_and(|phase| phase.as_str() != "Pending")
+    })?;
     let mut values = install::with_faults();
     // Any change of the pod template is an upgrade to the DaemonSet.
-    values.extend(["agent.extraEnv[1].name=PEREGRINE_E2E_GENERATION".to_owned(), format!("agent.extraEnv[1].value={}", std::process::id())]);
+    values.extend([
+        "agent.extraEnv[1].name=PEREGRINE_E2E_GENERATION".to_owned(),
+        format!("agent.extraEnv[1].value={}", std::process::id()),
+    ]);
     install::install(stage, &values)?;
     let settled = migration.settled(stage)?;
     if is_true(&settled, "Committed") {
@@ -62,7 +82,11 @@ fn uninstall_idle(stage: &Stage, _: &str) -> Result<()> {
     gone(stage)?;
     for node in stage.nodes() {
         let left = stage.on_node(node, INSTALLED)?;
-        ensure!(left.trim().is_empty(), "{node} still has {}", left.trim().replace('\n', ", "));
+        ensure!(
+            left.trim().is_empty(),
+            "{node} still has {}",
+            left.trim().replace('\n', ", ")
+        );
     }
     subject.check(stage)?;
     install::install(stage, &install::with_faults())?;
@@ -74,7 +98,11 @@ fn uninstall_idle(stage: &Stage, _: &str) -> Result<()> {
 /// The release has no objects left but what it is meant to keep.
 fn gone(stage: &Stage) -> Result<()> {
     stage.wait("the release to be gone", Duration::from_secs(60), || {
-        let pods: Vec<String> = stage.list::<Pod>(RELEASE_NAMESPACE, "")?.into_iter().filter_map(|pod| pod.metadata.name).collect();
+        let pods: Vec<String> = stage
+            .list::<Pod>(RELEASE_NAMESPACE, "")?
+            .into_iter()
+            .filter_map(|pod| pod.metadata.name)
+            .collect();
         ensure!(pods.is_empty(), "there are {}", pods.join(", "));
         let class = stage.block(Api::<RuntimeClass>::all(stage.client()).get_opt(crds::names::RUNTIME_CLASS))?;
         ensure!(class.is_none(), "the RuntimeClass is still there");
@@ -83,9 +111,17 @@ fn gone(stage: &Stage) -> Result<()> {
 }
 
 fn uninstall_busy(stage: &Stage, _: &str) -> Result<()> {
-    let mut subject = Subject::start(stage, &Plan { mib: 512, ..Plan::small("busy") })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 512,
+            ..Plan::small("busy")
+        },
+    )?;
     let migration = Move::create(stage, &subject.pod, None, &json!({}))?;
-    migration.wait(stage, "begun", SETTLED, |migration| phase(migration).is_some_and(|phase| phase.as_str() != "Pending"))?;
+    migration.wait(stage, "begun", SETTLED, |migration| {
+        phase(migration).is_some_and(|phase| phase.as_str() != "Pending")
+    })?;
     install::uninstall(stage)?;
     gone(stage)?;
     // CRDs are kept, and with them the story; without them, the pod that is there tells it.
@@ -98,7 +134,10 @@ fn uninstall_busy(stage: &Stage, _: &str) -> Result<()> {
         Some(object) => bail!("the migration was left unsettled: {}", story(&object)),
         None => {
             let pods = stage.list::<Pod>(NAMESPACE, &format!("app={}", subject.name))?;
-            subject.pod = pods.first().and_then(|pod| pod.metadata.name.clone()).context("the pod is lost")?;
+            subject.pod = pods
+                .first()
+                .and_then(|pod| pod.metadata.name.clone())
+                .context("the pod is lost")?;
         }
     }
     subject.check(stage)?;

@@ -39,7 +39,11 @@ impl Move {
     /// # Errors
     /// If the API server refuses the object.
     pub fn create(stage: &Stage, pod: &str, target: Option<&str>, more: &Value) -> Result<Self> {
-        let name = format!("{}-{}", pod.chars().take(40).collect::<String>().trim_end_matches(['-', '.']), unique());
+        let name = format!(
+            "{}-{}",
+            pod.chars().take(40).collect::<String>().trim_end_matches(['-', '.']),
+            unique()
+        );
         stage.create::<ProcessMigration>(object(&name, pod, target, more))?;
         Ok(Self { name })
     }
@@ -49,17 +53,29 @@ impl Move {
     /// # Errors
     /// If it is not there.
     pub fn get(&self, stage: &Stage) -> Result<ProcessMigration> {
-        stage.find(NAMESPACE, &self.name)?.with_context(|| format!("there is no migration {}", self.name))
+        stage
+            .find(NAMESPACE, &self.name)?
+            .with_context(|| format!("there is no migration {}", self.name))
     }
 
     /// Waits until the object is as asked.
     ///
     /// # Errors
     /// If that does not happen in time; the message tells where it stands.
-    pub fn wait(&self, stage: &Stage, what: &str, limit: Duration, reached: impl Fn(&ProcessMigration) -> bool) -> Result<ProcessMigration> {
+    pub fn wait(
+        &self,
+        stage: &Stage,
+        what: &str,
+        limit: Duration,
+        reached: impl Fn(&ProcessMigration) -> bool,
+    ) -> Result<ProcessMigration> {
         stage.wait(&format!("{} to be {what}", self.name), limit, || {
             let migration = self.get(stage)?;
-            if reached(&migration) { Ok(migration) } else { bail!("{}", story(&migration)) }
+            if reached(&migration) {
+                Ok(migration)
+            } else {
+                bail!("{}", story(&migration))
+            }
         })
     }
 
@@ -76,7 +92,9 @@ impl Move {
     /// # Errors
     /// If the API server refuses.
     pub fn cancel(&self, stage: &Stage) -> Result<()> {
-        stage.merge::<ProcessMigration>(&self.name, &json!({"spec": {"desiredState": "Canceled"}})).map(drop)
+        stage
+            .merge::<ProcessMigration>(&self.name, &json!({"spec": {"desiredState": "Canceled"}}))
+            .map(drop)
     }
 }
 
@@ -103,7 +121,11 @@ pub fn move_to(stage: &Stage, subject: &mut Subject, target: Option<&str>) -> Re
 /// # Errors
 /// If it did not: its story.
 pub fn succeeded(migration: &ProcessMigration) -> Result<()> {
-    ensure!(phase(migration) == Some(Phase::Succeeded), "the move did not succeed: {}", story(migration));
+    ensure!(
+        phase(migration) == Some(Phase::Succeeded),
+        "the move did not succeed: {}",
+        story(migration)
+    );
     Ok(())
 }
 
@@ -112,7 +134,11 @@ pub fn succeeded(migration: &ProcessMigration) -> Result<()> {
 /// # Errors
 /// If the migration names none.
 pub fn follow(subject: &mut Subject, migration: &ProcessMigration) -> Result<()> {
-    subject.pod = migration.status.as_ref().and_then(|status| status.target.as_ref()?.pod_name.clone()).context("the migration does not name its target pod")?;
+    subject.pod = migration
+        .status
+        .as_ref()
+        .and_then(|status| status.target.as_ref()?.pod_name.clone())
+        .context("the migration does not name its target pod")?;
     Ok(())
 }
 
@@ -125,7 +151,10 @@ pub fn is_settled(migration: &ProcessMigration) -> bool {
 /// Whether a condition is True.
 #[must_use]
 pub fn is_true(migration: &ProcessMigration, condition: &str) -> bool {
-    migration.status.as_ref().is_some_and(|status| crds::condition::is_true(&status.conditions, condition))
+    migration
+        .status
+        .as_ref()
+        .is_some_and(|status| crds::condition::is_true(&status.conditions, condition))
 }
 
 /// Its phase.
@@ -148,9 +177,21 @@ pub fn because(migration: &ProcessMigration, condition: &str) -> (String, String
 /// Where it stands, in one line.
 #[must_use]
 pub fn story(migration: &ProcessMigration) -> String {
-    let Some(status) = &migration.status else { return "the operator has not seen it".to_owned() };
-    let decision = status.decision.as_ref().map(|decision| format!("{:?} {}", decision.value, decision.message.as_deref().unwrap_or_default()));
-    let conditions: Vec<String> = status.conditions.iter().map(|c| format!("{}={} {} ({})", c.type_, c.status, c.reason, c.message)).collect();
+    let Some(status) = &migration.status else {
+        return "the operator has not seen it".to_owned();
+    };
+    let decision = status.decision.as_ref().map(|decision| {
+        format!(
+            "{:?} {}",
+            decision.value,
+            decision.message.as_deref().unwrap_or_default()
+        )
+    });
+    let conditions: Vec<String> = status
+        .conditions
+        .iter()
+        .map(|c| format!("{}={} {} ({})", c.type_, c.status, c.reason, c.message))
+        .collect();
     let step = |step: Option<&String>| step.cloned().unwrap_or_else(|| "-".to_owned());
     format!(
         "phase {:?}, decision {}, source step {}, target step {}; {}",
@@ -166,6 +207,9 @@ pub fn story(migration: &ProcessMigration) -> String {
 fn unique() -> String {
     use std::sync::atomic::{AtomicU32, Ordering};
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let seconds = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map(|time| time.as_secs() % 1_000_000).unwrap_or_default();
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map(|time| time.as_secs() % 1_000_000)
+        .unwrap_or_default();
     format!("{seconds:x}{:x}", NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -13,17 +13,28 @@ use crate::invariants;
 pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all: Vec<Scenario> = ["root-64", "user-64", "root-1024", "user-1024", "three-containers"]
         .into_iter()
-        .map(|case| Scenario::new(format!("a_pod_moves_from_a_to_b_to_c_to_a_{}", case.replace('-', "_")), a_b_c_a).case(case))
+        .map(|case| {
+            Scenario::new(
+                format!("a_pod_moves_from_a_to_b_to_c_to_a_{}", case.replace('-', "_")),
+                a_b_c_a,
+            )
+            .case(case)
+        })
         .collect();
     all.push(Scenario::new("a_cold_move_is_a_new_start_and_says_so", cold));
-    all.push(Scenario::new("a_target_chosen_by_the_scheduler_is_another_node", scheduler_chooses));
+    all.push(Scenario::new(
+        "a_target_chosen_by_the_scheduler_is_another_node",
+        scheduler_chooses,
+    ));
     all.push(Scenario::new("stock_runc_moves_the_same_program", stock).own_cluster());
     all
 }
 
 /// What ours is compared with works, so that the comparison is one.
 fn stock(stage: &Stage, _: &str) -> Result<()> {
-    let [a, b, ..] = stage.nodes() else { anyhow::bail!("two nodes are needed") };
+    let [a, b, ..] = stage.nodes() else {
+        anyhow::bail!("two nodes are needed")
+    };
     for containers in [1, 3] {
         let times = crate::stock::run(stage, a, b, 64, containers)?;
         ensure!(times.freeze >= times.dump + times.restore, "{times:?}");
@@ -36,31 +47,65 @@ fn stock(stage: &Stage, _: &str) -> Result<()> {
 fn plan(stage: &Stage, case: &str) -> Result<Plan> {
     let name = format!("move-{case}");
     let node = stage.nodes().first().cloned();
-    let plan = Plan { node, ..Plan::small(&name) };
+    let plan = Plan {
+        node,
+        ..Plan::small(&name)
+    };
     Ok(match case {
         "root-64" => plan,
-        "user-64" => Plan { user: Some(1000), ..plan },
+        "user-64" => Plan {
+            user: Some(1000),
+            ..plan
+        },
         "root-1024" => Plan { mib: 1024, ..plan },
-        "user-1024" => Plan { mib: 1024, user: Some(1000), ..plan },
-        "three-containers" => Plan { containers: 3, mib: 32, ..plan },
+        "user-1024" => Plan {
+            mib: 1024,
+            user: Some(1000),
+            ..plan
+        },
+        "three-containers" => Plan {
+            containers: 3,
+            mib: 32,
+            ..plan
+        },
         _ => anyhow::bail!("{case} is no case"),
     })
 }
 
 fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
-    let [a, b, c] = stage.nodes() else { anyhow::bail!("three nodes are needed and there are {}", stage.nodes().len()) };
-    let client = Subject::start(stage, &Plan { node: Some(c.clone()), mib: 1, ..Plan::small(&format!("client-{case}")) })?;
+    let [a, b, c] = stage.nodes() else {
+        anyhow::bail!("three nodes are needed and there are {}", stage.nodes().len())
+    };
+    let client = Subject::start(
+        stage,
+        &Plan {
+            node: Some(c.clone()),
+            mib: 1,
+            ..Plan::small(&format!("client-{case}"))
+        },
+    )?;
     let mut subject = Subject::start(stage, &plan(stage, case)?)?;
     let address = subject.add_service(stage)?;
     let start = subject.node(stage)?;
     let mut targets = vec![a, b, c];
-    let place = targets.iter().position(|node| **node == start).context("the pod is nowhere")?;
+    let place = targets
+        .iter()
+        .position(|node| **node == start)
+        .context("the pod is nowhere")?;
     targets.rotate_left(place + 1);
     for target in targets {
         let migration = move_to(stage, &mut subject, Some(target))?;
-        let result = migration.status.as_ref().and_then(|status| status.result.clone()).context("a successful move has no result")?;
+        let result = migration
+            .status
+            .as_ref()
+            .and_then(|status| status.result.clone())
+            .context("a successful move has no result")?;
         ensure!(result.live, "a move with memory must say so: {result:?}");
-        ensure!(is_true(&migration, "ResidualFree"), "something still needs the old node: {}", story(&migration));
+        ensure!(
+            is_true(&migration, "ResidualFree"),
+            "something still needs the old node: {}",
+            story(&migration)
+        );
         subject.check_access(stage)?;
         subject.check_service(stage, &address, &client)?;
         invariants::one_life(stage, &subject)?;
@@ -83,17 +128,36 @@ fn scheduler_chooses(stage: &Stage, _: &str) -> Result<()> {
 fn cold(stage: &Stage, _: &str) -> Result<()> {
     let mut subject = Subject::start(stage, &Plan::small("cold"))?;
     let source = subject.node(stage)?;
-    let token = subject.known().first().map(|state| state.token.clone()).unwrap_or_default();
+    let token = subject
+        .known()
+        .first()
+        .map(|state| state.token.clone())
+        .unwrap_or_default();
     let migration = Move::create(stage, &subject.pod, None, &json!({"strategy": {"type": "Cold"}}))?.settled(stage)?;
     ensure!(phase(&migration) == Some(Phase::Succeeded), "{}", story(&migration));
-    let live = migration.status.as_ref().and_then(|status| status.result.as_ref()).map(|result| result.live);
-    ensure!(live == Some(false), "a cold move is reported as live: {}", story(&migration));
-    ensure!(super::moves::because(&migration, "Succeeded").0 == "StartedCold", "{}", story(&migration));
+    let live = migration
+        .status
+        .as_ref()
+        .and_then(|status| status.result.as_ref())
+        .map(|result| result.live);
+    ensure!(
+        live == Some(false),
+        "a cold move is reported as live: {}",
+        story(&migration)
+    );
+    ensure!(
+        super::moves::because(&migration, "Succeeded").0 == "StartedCold",
+        "{}",
+        story(&migration)
+    );
     follow(&mut subject, &migration)?;
     ensure!(subject.node(stage)? != source, "the pod is still on {source}");
     invariants::exactly_one(stage, &subject)?;
     let states = subject.states(stage)?;
-    ensure!(states.iter().all(|state| state.token != token), "a cold move kept its memory");
+    ensure!(
+        states.iter().all(|state| state.token != token),
+        "a cold move kept its memory"
+    );
     invariants::nothing_left(stage)?;
     subject.remove(stage)
 }

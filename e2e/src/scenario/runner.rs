@@ -41,8 +41,10 @@ pub struct Outcome {
 /// # Errors
 /// If there is no stage to play on; a scenario that fails is counted.
 pub fn run(settings: &Settings) -> Result<Outcome> {
-    let chosen: Vec<Scenario> =
-        all().into_iter().filter(|scenario| settings.only.is_empty() || settings.only.iter().any(|only| scenario.name.contains(only))).collect();
+    let chosen: Vec<Scenario> = all()
+        .into_iter()
+        .filter(|scenario| settings.only.is_empty() || settings.only.iter().any(|only| scenario.name.contains(only)))
+        .collect();
     if settings.list {
         for scenario in &chosen {
             println!("{}", scenario.name);
@@ -60,7 +62,10 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     for scenario in &chosen {
         if scenario.needs_own_cluster && !stage.is_own() {
-            println!("skipped {}: it breaks nodes, which only the cluster of `cargo xtask cluster` allows", scenario.name);
+            println!(
+                "skipped {}: it breaks nodes, which only the cluster of `cargo xtask cluster` allows",
+                scenario.name
+            );
             outcome.skipped += 1;
             continue;
         }
@@ -71,8 +76,14 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
                 outcome.passed += 1;
             }
             Err(error) => {
-                let logs = collect(&stage, &scenario.name).map(|folder| folder.display().to_string()).unwrap_or_else(|error| format!("not collected: {error:#}"));
-                println!("FAILED {}: {error:#} ({:.1} s; logs: {logs})", scenario.name, began.elapsed().as_secs_f64());
+                let logs = collect(&stage, &scenario.name)
+                    .map(|folder| folder.display().to_string())
+                    .unwrap_or_else(|error| format!("not collected: {error:#}"));
+                println!(
+                    "FAILED {}: {error:#} ({:.1} s; logs: {logs})",
+                    scenario.name,
+                    began.elapsed().as_secs_f64()
+                );
                 outcome.failed += 1;
                 // What it left must not fail the next one.
                 repair(&stage);
@@ -81,7 +92,10 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
     }
     // Nothing of ours stays behind on the cluster.
     sweep(&stage)?;
-    println!("{} passed, {} failed, {} skipped", outcome.passed, outcome.failed, outcome.skipped);
+    println!(
+        "{} passed, {} failed, {} skipped",
+        outcome.passed, outcome.failed, outcome.skipped
+    );
     Ok(outcome)
 }
 
@@ -89,7 +103,11 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
 fn play(stage: &Stage, scenario: &Scenario) -> Result<()> {
     let began = Instant::now();
     (scenario.play)(stage, &scenario.case)?;
-    anyhow::ensure!(began.elapsed() <= scenario.limit, "it took longer than its limit of {} s", scenario.limit.as_secs());
+    anyhow::ensure!(
+        began.elapsed() <= scenario.limit,
+        "it took longer than its limit of {} s",
+        scenario.limit.as_secs()
+    );
     Ok(())
 }
 
@@ -142,11 +160,16 @@ pub fn sweep(stage: &Stage) -> Result<()> {
     for pod in stage.list::<Pod>(NAMESPACE, "")? {
         stage.delete::<Pod>(&pod.metadata.name.unwrap_or_default(), Some(1))?;
     }
-    stage.wait("the pods of earlier scenarios to be gone", Duration::from_secs(60), || {
-        let left = stage.list::<Pod>(NAMESPACE, "")?.len() + stage.list::<ProcessMigration>(NAMESPACE, "").unwrap_or_default().len();
-        anyhow::ensure!(left == 0, "{left} are left");
-        Ok(())
-    })
+    stage.wait(
+        "the pods of earlier scenarios to be gone",
+        Duration::from_secs(60),
+        || {
+            let left = stage.list::<Pod>(NAMESPACE, "")?.len()
+                + stage.list::<ProcessMigration>(NAMESPACE, "").unwrap_or_default().len();
+            anyhow::ensure!(left == 0, "{left} are left");
+            Ok(())
+        },
+    )
 }
 
 /// Everything that helps to find out, in a folder of its own.
@@ -157,7 +180,10 @@ fn collect(stage: &Stage, name: &str) -> Result<PathBuf> {
     let save = |file: &str, mut command: Command| {
         // A part that cannot be had must not hide the others.
         if let Ok(output) = command.stdin(Stdio::null()).output() {
-            drop(std::fs::write(folder.join(file), [output.stdout, output.stderr].concat()));
+            drop(std::fs::write(
+                folder.join(file),
+                [output.stdout, output.stderr].concat(),
+            ));
         }
     };
     let kubectl = |args: &[&str]| {
@@ -165,17 +191,42 @@ fn collect(stage: &Stage, name: &str) -> Result<PathBuf> {
         command.args(args);
         command
     };
-    save("objects.yaml", kubectl(&["get", "pmig,pods,migrationnodes,leases", "-A", "-o", "yaml"]));
-    save("overview.txt", kubectl(&["get", "pmig,pods,migrationnodes,nodes", "-A", "-o", "wide"]));
-    save("events.txt", kubectl(&["get", "events", "-A", "--sort-by=.lastTimestamp"]));
+    save(
+        "objects.yaml",
+        kubectl(&["get", "pmig,pods,migrationnodes,leases", "-A", "-o", "yaml"]),
+    );
+    save(
+        "overview.txt",
+        kubectl(&["get", "pmig,pods,migrationnodes,nodes", "-A", "-o", "wide"]),
+    );
+    save(
+        "events.txt",
+        kubectl(&["get", "events", "-A", "--sort-by=.lastTimestamp"]),
+    );
     for pod in stage.list::<Pod>(RELEASE_NAMESPACE, "").unwrap_or_default() {
         let name = pod.metadata.name.unwrap_or_default();
-        save(&format!("{name}.log"), kubectl(&["logs", "-n", RELEASE_NAMESPACE, &name, "--all-containers", "--tail=2000"]));
-        save(&format!("{name}.previous.log"), kubectl(&["logs", "-n", RELEASE_NAMESPACE, &name, "--previous", "--tail=2000"]));
+        save(
+            &format!("{name}.log"),
+            kubectl(&[
+                "logs",
+                "-n",
+                RELEASE_NAMESPACE,
+                &name,
+                "--all-containers",
+                "--tail=2000",
+            ]),
+        );
+        save(
+            &format!("{name}.previous.log"),
+            kubectl(&["logs", "-n", RELEASE_NAMESPACE, &name, "--previous", "--tail=2000"]),
+        );
     }
     for pod in stage.list::<Pod>(NAMESPACE, "").unwrap_or_default() {
         let name = pod.metadata.name.unwrap_or_default();
-        save(&format!("{name}.log"), kubectl(&["logs", "-n", NAMESPACE, &name, "--all-containers", "--tail=300"]));
+        save(
+            &format!("{name}.log"),
+            kubectl(&["logs", "-n", NAMESPACE, &name, "--all-containers", "--tail=300"]),
+        );
     }
     if let Ok(cluster) = stage.cluster() {
         for node in cluster.nodes() {
@@ -186,7 +237,10 @@ fn collect(stage: &Stage, name: &str) -> Result<PathBuf> {
         }
     }
     if let Ok(Some((now, lives))) = stage.witnessed("") {
-        drop(std::fs::write(folder.join("witness.json"), serde_json::to_vec_pretty(&(now, lives))?));
+        drop(std::fs::write(
+            folder.join("witness.json"),
+            serde_json::to_vec_pretty(&(now, lives))?,
+        ));
     }
     Ok(folder)
 }

@@ -43,7 +43,9 @@ pub struct Stage {
 
 impl std::fmt::Debug for Stage {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stage").field("nodes", &self.nodes).finish_non_exhaustive()
+        f.debug_struct("Stage")
+            .field("nodes", &self.nodes)
+            .finish_non_exhaustive()
     }
 }
 
@@ -73,7 +75,10 @@ impl Stage {
         let nodes = cluster.nodes().into_iter().map(Member::name).collect();
         let witness = Some(Witness::start(&cluster)?);
         let stage = Self::new(Some(cluster.kubeconfig_path()), Some(cluster), images, witness, nodes)?;
-        Ok(Self { _alone: Some(alone), ..stage })
+        Ok(Self {
+            _alone: Some(alone),
+            ..stage
+        })
     }
 
     /// On the cluster of `KUBECONFIG`. Its nodes must be able to pull our images; there is no witness and no fault of a node.
@@ -82,24 +87,54 @@ impl Stage {
     /// If it cannot be reached.
     pub fn on_kubeconfig() -> Result<Self> {
         let stage = Self::new(None, None, Images::build()?, None, Vec::new())?;
-        let list: Value = stage.get_path("/api/v1", "nodes")?.context("the cluster has no nodes")?;
-        let nodes = list["items"].as_array().into_iter().flatten().filter_map(|node| node["metadata"]["name"].as_str().map(str::to_owned)).collect();
+        let list: Value = stage
+            .get_path("/api/v1", "nodes")?
+            .context("the cluster has no nodes")?;
+        let nodes = list["items"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|node| node["metadata"]["name"].as_str().map(str::to_owned))
+            .collect();
         Ok(Self { nodes, ..stage })
     }
 
-    fn new(kubeconfig: Option<PathBuf>, cluster: Option<Cluster>, images: Images, witness: Option<Witness>, nodes: Vec<String>) -> Result<Self> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().context("cannot start the asynchronous runtime")?;
+    fn new(
+        kubeconfig: Option<PathBuf>,
+        cluster: Option<Cluster>,
+        images: Images,
+        witness: Option<Witness>,
+        nodes: Vec<String>,
+    ) -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("cannot start the asynchronous runtime")?;
         let client = runtime.block_on(async {
             let config = match kubeconfig {
                 Some(path) => {
-                    let kubeconfig = kube::config::Kubeconfig::read_from(&path).with_context(|| format!("cannot read {}", path.display()))?;
-                    kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default()).await.context("the kubeconfig is not usable")?
+                    let kubeconfig = kube::config::Kubeconfig::read_from(&path)
+                        .with_context(|| format!("cannot read {}", path.display()))?;
+                    kube::Config::from_custom_kubeconfig(kubeconfig, &kube::config::KubeConfigOptions::default())
+                        .await
+                        .context("the kubeconfig is not usable")?
                 }
-                None => kube::Config::infer().await.context("no cluster is known: set KUBECONFIG")?,
+                None => kube::Config::infer()
+                    .await
+                    .context("no cluster is known: set KUBECONFIG")?,
             };
             kube::Client::try_from(config).context("cannot make a client")
         })?;
-        let stage = Self { runtime, client, cluster, images, witness, nodes, _alone: None };
+        let stage = Self {
+            runtime,
+            client,
+            cluster,
+            images,
+            witness,
+            nodes,
+            _alone: None,
+        };
         stage.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}))?;
         Ok(stage)
     }
@@ -111,7 +146,9 @@ impl Stage {
     /// # Errors
     /// If it is somebody else's.
     pub fn cluster(&self) -> Result<&Cluster> {
-        self.cluster.as_ref().context("this cluster is not ours: faults of nodes are not possible")
+        self.cluster
+            .as_ref()
+            .context("this cluster is not ours: faults of nodes are not possible")
     }
 
     /// Whether the cluster is ours.
@@ -137,19 +174,27 @@ impl Stage {
     /// # Errors
     /// If there is none.
     pub fn other_node(&self, not: &[&str]) -> Result<String> {
-        self.nodes.iter().find(|node| !not.contains(&node.as_str())).cloned().with_context(|| format!("there is no node beside {}", not.join(", ")))
+        self.nodes
+            .iter()
+            .find(|node| !not.contains(&node.as_str()))
+            .cloned()
+            .with_context(|| format!("there is no node beside {}", not.join(", ")))
     }
 
     /// kubectl for the cluster.
     #[must_use]
     pub fn kubectl(&self) -> Command {
-        self.cluster.as_ref().map_or_else(|| Command::new("kubectl"), Cluster::kubectl)
+        self.cluster
+            .as_ref()
+            .map_or_else(|| Command::new("kubectl"), Cluster::kubectl)
     }
 
     /// helm for the cluster.
     #[must_use]
     pub fn helm(&self) -> Command {
-        self.cluster.as_ref().map_or_else(|| Command::new("helm"), Cluster::helm)
+        self.cluster
+            .as_ref()
+            .map_or_else(|| Command::new("helm"), Cluster::helm)
     }
 
     /// Runs a script in a node and gives back what it printed.
@@ -173,7 +218,10 @@ impl Stage {
     /// # Errors
     /// What it returns, or that it took too long.
     pub fn block<T, E: Into<anyhow::Error>>(&self, work: impl Future<Output = Result<T, E>>) -> Result<T> {
-        self.runtime.block_on(async { tokio::time::timeout(REQUEST, work).await }).map_err(|_| anyhow!("the API server did not answer within {} s", REQUEST.as_secs()))?.map_err(Into::into)
+        self.runtime
+            .block_on(async { tokio::time::timeout(REQUEST, work).await })
+            .map_err(|_| anyhow!("the API server did not answer within {} s", REQUEST.as_secs()))?
+            .map_err(Into::into)
     }
 
     // ---- objects -----------------------------------------------------------------------------------------------------------------------
@@ -187,7 +235,8 @@ impl Stage {
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
         K::DynamicType: Default,
     {
-        self.block(Api::<K>::namespaced(self.client(), namespace).get_opt(name)).with_context(|| format!("cannot read {name}"))
+        self.block(Api::<K>::namespaced(self.client(), namespace).get_opt(name))
+            .with_context(|| format!("cannot read {name}"))
     }
 
     /// All objects of a namespace that have a label.
@@ -200,7 +249,10 @@ impl Stage {
         K::DynamicType: Default,
     {
         let parameters = kube::api::ListParams::default().labels(selector);
-        Ok(self.block(Api::<K>::namespaced(self.client(), namespace).list(&parameters)).context("cannot list")?.items)
+        Ok(self
+            .block(Api::<K>::namespaced(self.client(), namespace).list(&parameters))
+            .context("cannot list")?
+            .items)
     }
 
     /// Makes an object in the workloads' namespace.
@@ -209,7 +261,11 @@ impl Stage {
     /// If the API server refuses it.
     pub fn create<K>(&self, object: Value) -> Result<K>
     where
-        K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + serde::Serialize + std::fmt::Debug,
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope>
+            + Clone
+            + DeserializeOwned
+            + serde::Serialize
+            + std::fmt::Debug,
         K::DynamicType: Default,
     {
         let object: K = serde_json::from_value(object).context("the object is not of its kind")?;
@@ -225,7 +281,11 @@ impl Stage {
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
         K::DynamicType: Default,
     {
-        self.block(Api::<K>::namespaced(self.client(), NAMESPACE).patch(name, &PatchParams::default(), &Patch::Merge(change)))
+        self.block(Api::<K>::namespaced(self.client(), NAMESPACE).patch(
+            name,
+            &PatchParams::default(),
+            &Patch::Merge(change),
+        ))
     }
 
     /// Deletes an object of the workloads' namespace; not being there is fine.
@@ -237,7 +297,10 @@ impl Stage {
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
         K::DynamicType: Default,
     {
-        let parameters = DeleteParams { grace_period_seconds: grace, ..DeleteParams::default() };
+        let parameters = DeleteParams {
+            grace_period_seconds: grace,
+            ..DeleteParams::default()
+        };
         match self.block(Api::<K>::namespaced(self.client(), NAMESPACE).delete(name, &parameters)) {
             Ok(_) => Ok(()),
             Err(error) if is_not_found(&error) => Ok(()),
@@ -250,7 +313,9 @@ impl Stage {
     /// # Errors
     /// If it does not say.
     pub fn get_path<T: DeserializeOwned>(&self, folder: &str, name: &str) -> Result<Option<T>> {
-        let request = Request::new(folder).get(name, &kube::api::GetParams::default()).context("not a path")?;
+        let request = Request::new(folder)
+            .get(name, &kube::api::GetParams::default())
+            .context("not a path")?;
         match self.block(self.client.request::<T>(request)) {
             Ok(value) => Ok(Some(value)),
             Err(error) if is_not_found(&error) => Ok(None),
@@ -288,7 +353,9 @@ impl Stage {
     /// Where workloads report to, if there is a witness.
     #[must_use]
     pub fn witness_address(&self) -> Option<String> {
-        self.witness.as_ref().map(|_| format!("{}:{WITNESS_PORT}", Member::Outside.address()))
+        self.witness
+            .as_ref()
+            .map(|_| format!("{}:{WITNESS_PORT}", Member::Outside.address()))
     }
 
     /// What the witness knows of a workload; the time is its own, in milliseconds.
@@ -310,7 +377,9 @@ fn alone() -> Result<Flock<File>> {
         Ok(lock) => Ok(lock),
         Err((file, _)) => {
             progress::say("waiting for another demo, bench or run of scenarios on this cluster to end");
-            Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, error)| error).with_context(|| format!("cannot lock {}", path.display()))
+            Flock::lock(file, FlockArg::LockExclusive)
+                .map_err(|(_, error)| error)
+                .with_context(|| format!("cannot lock {}", path.display()))
         }
     }
 }
@@ -321,7 +390,12 @@ impl Witness {
         let program = images::program("peregrine-e2e")?;
         let listen = format!("{}:{WITNESS_PORT}", Member::Outside.address());
         let (program, path) = (program.display().to_string(), socket.display().to_string());
-        let process = cluster.exec(Member::Outside, &[&program, "witness", &listen, &path])?.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().context("cannot start the witness")?;
+        let process = cluster
+            .exec(Member::Outside, &[&program, "witness", &listen, &path])?
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .context("cannot start the witness")?;
         let mut witness = Self { process, socket };
         let deadline = Instant::now() + Duration::from_secs(10);
         while witness::ask(&witness.socket, "-").is_err() {
@@ -346,8 +420,16 @@ pub fn is_not_found(error: &anyhow::Error) -> bool {
 /// # Errors
 /// If it fails, with what it said.
 pub fn output(mut command: Command, what: &str) -> Result<String> {
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot run {what}"))?;
-    ensure!(output.status.success(), "{what} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {what}"))?;
+    ensure!(
+        output.status.success(),
+        "{what} failed ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
@@ -357,12 +439,24 @@ pub fn output(mut command: Command, what: &str) -> Result<String> {
 /// If it fails, with what it said.
 pub fn input(mut command: Command, bytes: &[u8], what: &str) -> Result<String> {
     use std::io::Write as _;
-    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().with_context(|| format!("cannot run {what}"))?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("cannot run {what}"))?;
     if let Some(mut stdin) = child.stdin.take() {
         // One that has already failed reads no more: its status says so.
         drop(stdin.write_all(bytes));
     }
-    let output = child.wait_with_output().with_context(|| format!("cannot wait for {what}"))?;
-    ensure!(output.status.success(), "{what} failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    let output = child
+        .wait_with_output()
+        .with_context(|| format!("cannot wait for {what}"))?;
+    ensure!(
+        output.status.success(),
+        "{what} failed ({}): {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

@@ -29,11 +29,21 @@ pub(super) fn scenarios() -> Vec<Scenario> {
     let mut all = Vec::new();
     for step in Step::ALL {
         let name = step.name().replace('.', "s_");
-        all.push(Scenario { limit: Duration::from_secs(600), ..Scenario::new(format!("a_fault_at_the_{name}_leaves_one_copy"), faults).case(step.name()).own_cluster() });
+        all.push(Scenario {
+            limit: Duration::from_secs(600),
+            ..Scenario::new(format!("a_fault_at_the_{name}_leaves_one_copy"), faults)
+                .case(step.name())
+                .own_cluster()
+        });
     }
     for step in Step::ALL.iter().filter(|step| !step.is_undo() && !is_clean_up(**step)) {
         let name = step.name().replace('.', "s_");
-        all.push(Scenario { limit: Duration::from_secs(300), ..Scenario::new(format!("a_cancel_at_the_{name}_leaves_one_copy"), cancel).case(step.name()).own_cluster() });
+        all.push(Scenario {
+            limit: Duration::from_secs(300),
+            ..Scenario::new(format!("a_cancel_at_the_{name}_leaves_one_copy"), cancel)
+                .case(step.name())
+                .own_cluster()
+        });
     }
     all
 }
@@ -64,11 +74,19 @@ impl Route {
 
     fn arm(&self, stage: &Stage, step: Step, when: &str, action: &str) -> Result<()> {
         let fault = format!("{}:{when}:{action}", step.name());
-        stage.on_node(self.node(step.role()), &format!("mkdir -p /run/peregrine && echo {fault} > {ARMED}")).map(drop)
+        stage
+            .on_node(
+                self.node(step.role()),
+                &format!("mkdir -p /run/peregrine && echo {fault} > {ARMED}"),
+            )
+            .map(drop)
     }
 
     fn has_struck(&self, stage: &Stage, role: Role) -> Result<bool> {
-        Ok(stage.on_node(self.node(role), &format!("[ -e {ARMED} ] || echo struck"))?.trim() == "struck")
+        Ok(stage
+            .on_node(self.node(role), &format!("[ -e {ARMED} ] || echo struck"))?
+            .trim()
+            == "struck")
     }
 
     fn disarm(&self, stage: &Stage) -> Result<()> {
@@ -93,7 +111,13 @@ fn named(name: &str) -> Result<Step> {
 
 fn faults(stage: &Stage, case: &str) -> Result<()> {
     let step = named(case)?;
-    let mut subject = Subject::start(stage, &Plan { mib: 16, ..Plan::small(&format!("fault-{}", case.replace(['.', '_'], "-"))) })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 16,
+            ..Plan::small(&format!("fault-{}", case.replace(['.', '_'], "-")))
+        },
+    )?;
     for when in ["before", "after"] {
         for action in ["fail", "kill"] {
             one_fault(stage, &mut subject, step, when, action).with_context(|| format!("{action} {when} {case}"))?;
@@ -112,7 +136,9 @@ fn one_fault(stage: &Stage, subject: &mut Subject, step: Step, when: &str, actio
     }
     route.arm(stage, step, when, action)?;
     let migration = Move::create(stage, &subject.pod, Some(&route.target), &json!({}))?;
-    let result = migration.wait(stage, "settled", SETTLED, is_settled).and_then(|settled| end(stage, subject, &settled));
+    let result = migration
+        .wait(stage, "settled", SETTLED, is_settled)
+        .and_then(|settled| end(stage, subject, &settled));
     let struck = route.has_struck(stage, step.role())?;
     route.disarm(stage)?;
     result?;
@@ -125,9 +151,17 @@ fn end(stage: &Stage, subject: &mut Subject, settled: &ProcessMigration) -> Resu
     if is_true(settled, "Committed") || phase(settled) == Some(Phase::Succeeded) {
         follow(subject, settled)?;
     } else {
-        ensure!(matches!(phase(settled), Some(Phase::RolledBack | Phase::Canceled)), "{}", story(settled));
+        ensure!(
+            matches!(phase(settled), Some(Phase::RolledBack | Phase::Canceled)),
+            "{}",
+            story(settled)
+        );
         let (reason, message) = because(settled, "Succeeded");
-        ensure!(!reason.is_empty() && message.len() > 10, "it does not say why: {}", story(settled));
+        ensure!(
+            !reason.is_empty() && message.len() > 10,
+            "it does not say why: {}",
+            story(settled)
+        );
     }
     subject.check(stage).with_context(|| story(settled))?;
     invariants::one_life(stage, subject)?;
@@ -138,11 +172,22 @@ fn end(stage: &Stage, subject: &mut Subject, settled: &ProcessMigration) -> Resu
 /// The step hangs, the user gives up.
 fn cancel(stage: &Stage, case: &str) -> Result<()> {
     let step = named(case)?;
-    let mut subject = Subject::start(stage, &Plan { mib: 16, ..Plan::small(&format!("cancel-{}", case.replace(['.', '_'], "-"))) })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            mib: 16,
+            ..Plan::small(&format!("cancel-{}", case.replace(['.', '_'], "-")))
+        },
+    )?;
     for when in ["before", "after"] {
         let route = Route::of(stage, &subject)?;
         route.arm(stage, step, when, "hang")?;
-        let migration = Move::create(stage, &subject.pod, Some(&route.target), &json!({"progressTimeoutSeconds": 60}))?;
+        let migration = Move::create(
+            stage,
+            &subject.pod,
+            Some(&route.target),
+            &json!({"progressTimeoutSeconds": 60}),
+        )?;
         let deadline = Instant::now() + Duration::from_secs(40);
         while !route.has_struck(stage, step.role())? {
             let now = migration.get(stage)?;
@@ -152,7 +197,9 @@ fn cancel(stage: &Stage, case: &str) -> Result<()> {
             }
         }
         migration.cancel(stage)?;
-        let result = migration.wait(stage, "settled", SETTLED, is_settled).and_then(|settled| end(stage, &mut subject, &settled));
+        let result = migration
+            .wait(stage, "settled", SETTLED, is_settled)
+            .and_then(|settled| end(stage, &mut subject, &settled));
         route.disarm(stage)?;
         result.with_context(|| format!("{when} {case}"))?;
     }

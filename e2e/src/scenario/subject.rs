@@ -41,7 +41,15 @@ impl Plan {
     /// One container of 64 MiB, as root.
     #[must_use]
     pub fn small(name: &str) -> Self {
-        Self { name: name.to_owned(), node: None, mib: 64, containers: 1, user: None, spec: json!({}), args: Vec::new() }
+        Self {
+            name: name.to_owned(),
+            node: None,
+            mib: 64,
+            containers: 1,
+            user: None,
+            spec: json!({}),
+            args: Vec::new(),
+        }
     }
 
     /// The pod.
@@ -80,7 +88,11 @@ impl Plan {
 }
 
 fn container_name(index: u16) -> String {
-    if index == 0 { "main".to_owned() } else { format!("side-{index}") }
+    if index == 0 {
+        "main".to_owned()
+    } else {
+        format!("side-{index}")
+    }
 }
 
 /// Merges objects; all else is replaced.
@@ -137,7 +149,13 @@ impl Subject {
         let born_ms = stage.witnessed(&plan.name)?.map_or(0, |(now, _)| now);
         // A new namespace gets its service account a moment later.
         stage.wait("the pod to be accepted", READY, || stage.create::<Pod>(pod.clone()))?;
-        let mut subject = Self { name: plan.name.clone(), pod: plan.name.clone(), containers: plan.containers, known: Vec::new(), born_ms };
+        let mut subject = Self {
+            name: plan.name.clone(),
+            pod: plan.name.clone(),
+            containers: plan.containers,
+            known: Vec::new(),
+            born_ms,
+        };
         subject.wait_ready(stage)?;
         subject.known = subject.states(stage)?;
         subject.check(stage)?;
@@ -149,7 +167,9 @@ impl Subject {
     /// # Errors
     /// If it is not there.
     pub fn object(&self, stage: &Stage) -> Result<Pod> {
-        stage.find::<Pod>(NAMESPACE, &self.pod)?.with_context(|| format!("there is no pod {}", self.pod))
+        stage
+            .find::<Pod>(NAMESPACE, &self.pod)?
+            .with_context(|| format!("there is no pod {}", self.pod))
     }
 
     /// The node it is on.
@@ -157,7 +177,10 @@ impl Subject {
     /// # Errors
     /// If there is no such pod, or it has no node.
     pub fn node(&self, stage: &Stage) -> Result<String> {
-        self.object(stage)?.spec.and_then(|spec| spec.node_name).with_context(|| format!("the pod {} has no node", self.pod))
+        self.object(stage)?
+            .spec
+            .and_then(|spec| spec.node_name)
+            .with_context(|| format!("the pod {} has no node", self.pod))
     }
 
     /// Waits until the kubelet says that it is Ready.
@@ -167,15 +190,35 @@ impl Subject {
     pub fn wait_ready(&self, stage: &Stage) -> Result<()> {
         stage.wait(&format!("the pod {} to be Ready", self.pod), READY, || {
             let status = self.object(stage)?.status.unwrap_or_default();
-            let ready = status.conditions.iter().flatten().any(|condition| condition.type_ == "Ready" && condition.status == "True");
-            ensure!(ready, "phase {}, containers {:?}", status.phase.unwrap_or_default(), status.container_statuses.iter().flatten().map(|c| &c.state).collect::<Vec<_>>());
+            let ready = status
+                .conditions
+                .iter()
+                .flatten()
+                .any(|condition| condition.type_ == "Ready" && condition.status == "True");
+            ensure!(
+                ready,
+                "phase {}, containers {:?}",
+                status.phase.unwrap_or_default(),
+                status
+                    .container_statuses
+                    .iter()
+                    .flatten()
+                    .map(|c| &c.state)
+                    .collect::<Vec<_>>()
+            );
             Ok(())
         })
     }
 
     fn ask<T: serde::de::DeserializeOwned>(&self, stage: &Stage, index: u16, what: &str) -> Result<T> {
-        let folder = format!("/api/v1/namespaces/{NAMESPACE}/pods/{}:{}/proxy", self.pod, PORT + index);
-        stage.get_path(&folder, what)?.with_context(|| format!("the pod {} does not serve /{what}", self.pod))
+        let folder = format!(
+            "/api/v1/namespaces/{NAMESPACE}/pods/{}:{}/proxy",
+            self.pod,
+            PORT + index
+        );
+        stage
+            .get_path(&folder, what)?
+            .with_context(|| format!("the pod {} does not serve /{what}", self.pod))
     }
 
     /// What its containers say.
@@ -183,7 +226,9 @@ impl Subject {
     /// # Errors
     /// If one does not answer.
     pub fn states(&self, stage: &Stage) -> Result<Vec<State>> {
-        (0..self.containers).map(|index| self.ask(stage, index, "state")).collect()
+        (0..self.containers)
+            .map(|index| self.ask(stage, index, "state"))
+            .collect()
     }
 
     /// The oracle, asked twice: it is the same process as ever, everything it holds is right, and everything in it goes on.
@@ -207,7 +252,11 @@ impl Subject {
         })?;
         for index in 0..self.containers {
             let answer: Value = self.ask(stage, index, "verify")?;
-            ensure!(answer["bad_words"] == 0, "{} of container {index} has wrong memory: {answer}", self.pod);
+            ensure!(
+                answer["bad_words"] == 0,
+                "{} of container {index} has wrong memory: {answer}",
+                self.pod
+            );
         }
         self.known = second;
         Ok(())
@@ -227,7 +276,18 @@ impl Subject {
             Ok(())
         })?;
         let mut exec = stage.kubectl();
-        exec.args(["exec", "-n", NAMESPACE, &self.pod, "-c", "main", "--", "/workload", "fetch", "http://127.0.0.1:8080/state"]);
+        exec.args([
+            "exec",
+            "-n",
+            NAMESPACE,
+            &self.pod,
+            "-c",
+            "main",
+            "--",
+            "/workload",
+            "fetch",
+            "http://127.0.0.1:8080/state",
+        ]);
         let text = output(exec, "kubectl exec")?;
         ensure!(text.contains(&marker), "kubectl exec reached another process: {text}");
         self.wait_ready(stage)
@@ -242,7 +302,10 @@ impl Subject {
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": self.name, "namespace": NAMESPACE, "labels": {"app": self.name}},
             "spec": {"selector": {"app": self.name}, "ports": [{"port": 8080, "targetPort": 8080}]},
         }))?;
-        service.spec.and_then(|spec| spec.cluster_ip).context("the Service has no address")
+        service
+            .spec
+            .and_then(|spec| spec.cluster_ip)
+            .context("the Service has no address")
     }
 
     /// A new connection to its Service, from another pod, reaches this very process.
@@ -253,7 +316,18 @@ impl Subject {
         let marker = self.known.first().map(|state| state.token.clone()).unwrap_or_default();
         stage.wait("the Service to reach the pod", TICK, || {
             let mut exec = stage.kubectl();
-            exec.args(["exec", "-n", NAMESPACE, &client.pod, "-c", "main", "--", "/workload", "fetch", &format!("http://{address}:8080/state")]);
+            exec.args([
+                "exec",
+                "-n",
+                NAMESPACE,
+                &client.pod,
+                "-c",
+                "main",
+                "--",
+                "/workload",
+                "fetch",
+                &format!("http://{address}:8080/state"),
+            ]);
             let text = output(exec, "a connection to the Service")?;
             ensure!(text.contains(&marker), "the Service reached another process: {text}");
             Ok(())
@@ -265,7 +339,9 @@ impl Subject {
     /// # Errors
     /// If the witness does not answer.
     pub fn lives(&self, stage: &Stage) -> Result<Option<Vec<Life>>> {
-        Ok(stage.witnessed(&self.name)?.map(|(_, lives)| lives.into_iter().filter(|life| life.last_ms >= self.born_ms).collect()))
+        Ok(stage
+            .witnessed(&self.name)?
+            .map(|(_, lives)| lives.into_iter().filter(|life| life.last_ms >= self.born_ms).collect()))
     }
 
     /// What was last known of its first container.
@@ -289,15 +365,38 @@ impl Subject {
 }
 
 fn same(before: &State, now: &State) -> Result<()> {
-    ensure!(before.token == now.token, "the process was restarted: its token was {} and is {}", before.token, now.token);
+    ensure!(
+        before.token == now.token,
+        "the process was restarted: its token was {} and is {}",
+        before.token,
+        now.token
+    );
     ensure!(now.faults.is_empty(), "the workload saw: {}", now.faults.join("; "));
     ensure!(now.bad_words == 0, "{} words of its memory are wrong", now.bad_words);
-    ensure!(before.uid == now.uid, "it ran as {} and runs as {}", before.uid, now.uid);
-    ensure!(before.counter <= now.counter, "the counter went back from {} to {}", before.counter, now.counter);
-    ensure!(before.uptime_ms <= now.uptime_ms, "its clock went back from {} to {} ms", before.uptime_ms, now.uptime_ms);
+    ensure!(
+        before.uid == now.uid,
+        "it ran as {} and runs as {}",
+        before.uid,
+        now.uid
+    );
+    ensure!(
+        before.counter <= now.counter,
+        "the counter went back from {} to {}",
+        before.counter,
+        now.counter
+    );
+    ensure!(
+        before.uptime_ms <= now.uptime_ms,
+        "its clock went back from {} to {} ms",
+        before.uptime_ms,
+        now.uptime_ms
+    );
     for (name, beats) in &before.counters {
         let beats_now = now.counters.get(name).copied().unwrap_or(0);
-        ensure!(*beats <= beats_now, "the counter of {name} went back from {beats} to {beats_now}");
+        ensure!(
+            *beats <= beats_now,
+            "the counter of {name} went back from {beats} to {beats_now}"
+        );
     }
     Ok(())
 }
@@ -307,7 +406,11 @@ fn stands_still<'a>(before: &'a State, now: &State) -> Option<&'a str> {
     if now.counter == before.counter {
         return Some("counter");
     }
-    before.counters.iter().find(|(name, beats)| now.counters.get(*name) <= Some(*beats)).map(|(name, _)| name.as_str())
+    before
+        .counters
+        .iter()
+        .find(|(name, beats)| now.counters.get(*name) <= Some(*beats))
+        .map(|(name, _)| name.as_str())
 }
 
 #[cfg(test)]
@@ -329,11 +432,23 @@ mod tests {
     #[test]
     fn a_restart_a_step_back_and_a_fault_are_not_the_same() {
         assert!(same(&state("t", 1, 1), &state("t", 1, 1)).is_ok());
-        for (other, words) in [(state("u", 9, 9), "restarted"), (state("t", 0, 1), "went back"), (state("t", 1, 0), "timerfd")] {
+        for (other, words) in [
+            (state("u", 9, 9), "restarted"),
+            (state("t", 0, 1), "went back"),
+            (state("t", 1, 0), "timerfd"),
+        ] {
             assert!(same(&state("t", 1, 1), &other).unwrap_err().to_string().contains(words));
         }
-        let faulty = State { faults: vec!["poll: EINTR".into()], ..state("t", 2, 2) };
-        assert!(same(&state("t", 1, 1), &faulty).unwrap_err().to_string().contains("EINTR"));
+        let faulty = State {
+            faults: vec!["poll: EINTR".into()],
+            ..state("t", 2, 2)
+        };
+        assert!(
+            same(&state("t", 1, 1), &faulty)
+                .unwrap_err()
+                .to_string()
+                .contains("EINTR")
+        );
     }
 
     #[test]
@@ -345,10 +460,21 @@ mod tests {
 
     #[test]
     fn a_plan_becomes_a_pod() {
-        let pod = Plan { containers: 2, user: Some(1000), spec: json!({"hostNetwork": true}), ..Plan::small("w") }.pod("image", Some("1.2.3.4:5"));
+        let pod = Plan {
+            containers: 2,
+            user: Some(1000),
+            spec: json!({"hostNetwork": true}),
+            ..Plan::small("w")
+        }
+        .pod("image", Some("1.2.3.4:5"));
         assert_eq!(pod["spec"]["containers"][1]["name"], "side-1");
         assert_eq!(pod["spec"]["hostNetwork"], true);
         assert_eq!(pod["spec"]["securityContext"]["runAsUser"], 1000);
-        assert!(pod["spec"]["containers"][0]["args"].as_array().unwrap().contains(&json!("1.2.3.4:5")));
+        assert!(
+            pod["spec"]["containers"][0]["args"]
+                .as_array()
+                .unwrap()
+                .contains(&json!("1.2.3.4:5"))
+        );
     }
 }
