@@ -22,6 +22,8 @@ pub struct Args {
 pub enum Command {
     /// Installs on the node, publishes its MigrationNode and carries out its part of migrations.
     Run(RunArgs),
+    /// Installs on this node and ends: what `run` does first, by hand and without an API server.
+    Install(HostArgs),
     /// Undoes the installation on this node.
     Uninstall(HostArgs),
     /// Prints what this node can do as JSON, and changes nothing.

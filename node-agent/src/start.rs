@@ -21,7 +21,7 @@ pub fn start(args: &Args) -> ExitCode {
     let host_args = match &command {
         Command::Steps => return print_steps(),
         Command::Run(run) => &run.host,
-        Command::Uninstall(host) | Command::Probe(host) => host,
+        Command::Install(host) | Command::Uninstall(host) | Command::Probe(host) => host,
         Command::Inspect(inspect) => &inspect.host,
     };
     log(host_args);
@@ -42,6 +42,16 @@ pub fn start(args: &Args) -> ExitCode {
     match command {
         Command::Run(args) => match runtime.block_on(run::run(args, host)) {
             Ok(()) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        },
+        Command::Install(_) => match runtime.block_on(install::install(&host)) {
+            Ok(installed) => {
+                println!(
+                    "installed beside {} {}, restarted: {}",
+                    installed.runtime.name, installed.runtime.version, installed.restarted
+                );
+                ExitCode::SUCCESS
+            }
             Err(error) => failed(&error),
         },
         Command::Uninstall(_) => match runtime.block_on(undo()) {
