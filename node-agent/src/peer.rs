@@ -534,3 +534,152 @@ async fn write_to_source(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::migrate::message::{Facts, Manifest, Offer, PROTOCOL, Place, Stream};
+
+    fn offer() -> FromSource {
+        FromSource::Offer(Offer {
+            protocol: PROTOCOL.into(),
+            versions: protocol::version::VERSIONS.to_vec(),
+            stream: Stream::Session,
+            namespace: "n".into(),
+            name: "m".into(),
+            uid: "u".into(),
+            attempt: 1,
+            source_pod_uid: "s".into(),
+            target_pod_uid: "t".into(),
+        })
+    }
+
+    /// Runs a session over a pipe that is cut after `limit` bytes; says how far each side came.
+    async fn session(limit: usize, size: usize) -> (Result<Vec<u8>, String>, Result<(), String>) {
+        let (a, b) = tokio::io::duplex(64 * 1024);
+        // What the source sends goes through a middle that counts, and hangs up.
+        let (source_end, mut near) = tokio::io::duplex(64 * 1024);
+        let (mut from_target, mut to_target_half) = tokio::io::split(a);
+        let (mut from_source, mut to_source_half) = tokio::io::split(&mut near);
+        let cut = async {
+            let mut left = limit;
+            let mut buffer = vec![0; 16 * 1024];
+            while left > 0 {
+                let n = from_source.read(&mut buffer).await.unwrap_or(0).min(left);
+                if n == 0 || to_target_half.write_all(&buffer[..n]).await.is_err() {
+                    break;
+                }
+                left -= n;
+            }
+        };
+        let back = tokio::io::copy(&mut from_target, &mut to_source_half);
+
+        let source = async {
+            let mut link = to_target(source_end);
+            let fail = |link: &ToTarget| link.end.reason().unwrap_or_else(|| "ended".into());
+            let say = |m| {
+                let outbox = link.outbox.clone();
+                async move { outbox.message(m).await.map_err(|e| e.to_string()) }
+            };
+            say(offer()).await?;
+            link.heard.recv().await.ok_or_else(|| fail(&link))?;
+            let say = |m| {
+                let outbox = link.outbox.clone();
+                async move { outbox.message(m).await.map_err(|e| e.to_string()) }
+            };
+            say(FromSource::Manifest(Manifest {
+                containers: vec!["c".into()],
+                max_image_bytes: 1 << 30,
+                max_file_bytes: 0,
+            }))
+            .await?;
+            link.heard.recv().await.ok_or_else(|| fail(&link))?;
+            let outbox = link.outbox.clone();
+            outbox.message(FromSource::Frozen).await.map_err(|e| e.to_string())?;
+            outbox
+                .message(FromSource::Facts(Facts::default()))
+                .await
+                .map_err(|e| e.to_string())?;
+            let queue = outbox.clone();
+            let bytes: Vec<u8> = (0..size).map(|n| u8::try_from(n % 251).unwrap()).collect();
+            tokio::task::spawn_blocking(move || queue.content(Place::Images(0), b"pages-1.img", &bytes))
+                .await
+                .unwrap()
+                .map_err(|e| e.to_string())?;
+            let complete = FromSource::Complete {
+                entries: outbox.entries(),
+                bytes: outbox.bytes(),
+            };
+            outbox.message(complete).await.map_err(|e| e.to_string())?;
+            match link.heard.recv().await {
+                Some(FromTarget::Received) => Ok(()),
+                other => Err(format!("{other:?}: {}", fail(&link))),
+            }
+        };
+        let target = async {
+            let mut link = from_source_stream(b);
+            let mut got = Vec::new();
+            loop {
+                let Some(event) = link.events.recv().await else {
+                    return Err(link.end.wait().await);
+                };
+                let answer = match event {
+                    Event::Piece {
+                        buffer, len, offset, ..
+                    } => {
+                        assert_eq!(usize::try_from(offset).unwrap(), got.len());
+                        got.extend_from_slice(&buffer[frame::DATA_HEADER..len]);
+                        link.spare.give_back(buffer);
+                        None
+                    }
+                    Event::Message(target::Output::Offer(_)) => Some(FromTarget::Accept { version: 1 }),
+                    Event::Message(target::Output::Manifest(_)) => Some(FromTarget::ManifestAccepted),
+                    Event::Message(target::Output::Complete) => {
+                        link.say.send(FromTarget::Received).await.ok();
+                        let FromSourceSide { say, mut end, .. } = link;
+                        drop(say);
+                        tokio::time::timeout(Duration::from_secs(2), end.wait()).await.ok();
+                        return Ok(got);
+                    }
+                    Event::Message(_) => None,
+                };
+                if let Some(answer) = answer {
+                    link.say.send(answer).await.ok();
+                }
+            }
+        };
+        let middle = async {
+            tokio::select! { () = cut => {}, _ = back => {} }
+        };
+        let both = async { tokio::join!(target, source) };
+        tokio::select! {
+            both = both => both,
+            () = async { middle.await; tokio::time::sleep(Duration::from_secs(30)).await } => {
+                (Err("cut".into()), Err("cut".into()))
+            }
+        }
+    }
+
+    fn from_source_stream(stream: tokio::io::DuplexStream) -> FromSourceSide {
+        from_source(stream)
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_file_arrives_as_it_was_sent() {
+        let size = 3 * outbox::PIECE + 17;
+        let (got, said) = session(usize::MAX, size).await;
+        let got = got.unwrap();
+        assert_eq!(got.len(), size);
+        assert!(got.iter().enumerate().all(|(n, b)| usize::from(*b) == n % 251));
+        said.unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn noise_ends_the_connection_and_nothing_else() {
+        let (mut near, far) = tokio::io::duplex(1024);
+        let mut link = from_source(far);
+        near.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        assert!(link.events.recv().await.is_none());
+        assert!(link.end.wait().await.contains("protocol"));
+    }
+}

@@ -43,6 +43,7 @@ use crate::{
         step::{Role, Step},
     },
     journal::{self, Record, Start},
+    pod_on_node,
 };
 
 /// The session's task.
@@ -297,8 +298,9 @@ async fn release(task: &mut Task, ledger: &Ledger, start: &Start, frozen_at: Opt
     });
     let mut pause = Duration::from_millis(100);
     loop {
-        let watched = cgroups.clone();
+        let (watched, pod_uid) = (cgroups.clone(), start.pod_uid.clone());
         let ended = blocking(move || {
+            keep_stopped(&pod_uid);
             watched
                 .iter()
                 .all(|c| !Cgroup::at(c).exists() || !Cgroup::at(c).is_populated().unwrap_or(true))
@@ -321,4 +323,24 @@ async fn release(task: &mut Task, ledger: &Ledger, start: &Start, frozen_at: Opt
         Reason::SourceGone,
         "the source's processes and its pod are gone",
     );
+}
+
+/// A kubelet that comes up after a reboot, before the pod is deleted, starts its containers anew, where the wrapper is not
+/// their runtime. They must not run beside the moved ones.
+fn keep_stopped(pod_uid: &str) {
+    let Ok(pod) = pod_on_node::find(pod_uid) else {
+        return;
+    };
+    for container in pod.containers {
+        let cgroup = Cgroup::at(&container.cgroup);
+        if !cgroup.is_freeze_requested().unwrap_or(true) {
+            tracing::warn!(
+                container = container.name,
+                "a container of a pod that has moved away was started again: stopping it"
+            );
+            if let Err(error) = cgroup.begin_freeze() {
+                tracing::error!(error = crate::error::chain(&error), "failed to stop it");
+            }
+        }
+    }
 }
