@@ -343,11 +343,12 @@ impl Cluster {
         self.clock.spawn(Owner::World, async move {
             c.clock.sleep(millis).await;
             c.say(format!("node {} is up again", NODES[n]));
-            let mut node = c.nodes[n].borrow_mut();
-            node.up = true;
-            node.boot += 1;
-            node.events += 1;
-            drop(node);
+            {
+                let mut node = c.nodes[n].borrow_mut();
+                node.up = true;
+                node.boot += 1;
+                node.events += 1;
+            }
             c.clock.sleep(c.clock.between(500, 5_000)).await;
             c.start_agent(n);
         });

@@ -21,6 +21,7 @@ mod agent;
 mod clock;
 mod cluster;
 pub(crate) mod fault;
+mod ledger;
 mod operator;
 mod server;
 mod source;

@@ -17,10 +17,11 @@ use protocol::migrate::message::{Entry, EntryKind, Facts, Manifest, Offer, PROTO
 use protocol::migrate::{FromSource, FromTarget};
 use protocol::raw::Raw;
 
-use super::agent::{self, Decided, Failed, Ledger, Task, decided_in, failed};
+use super::agent::{self, Decided, Failed, Task, decided_in, failed};
 use super::clock::Owner;
 use super::cluster::{Cluster, NAMESPACE, NODES, Node};
 use super::fault::Broken;
+use super::ledger::Ledger;
 use super::wire::{self, SourceEnd};
 
 /// How long a source whose target is not heard any more waits before it tries to abort.

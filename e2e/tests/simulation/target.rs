@@ -14,10 +14,11 @@ use protocol::migrate::FromTarget;
 use protocol::migrate::target::Output;
 use std::rc::Rc;
 
-use super::agent::{self, Decided, Failed, Ledger, Task, decided_in, failed};
+use super::agent::{self, Decided, Failed, Task, decided_in, failed};
 use super::clock::Owner;
 use super::cluster::{NODES, Node, Process};
 use super::fault::Broken;
+use super::ledger::Ledger;
 use super::wire::TargetEnd;
 
 /// How long the kubelet may take to call `create` for every container.
