@@ -50,6 +50,9 @@ pub struct Memory {
     pub first_seen: Option<Timestamp>,
     /// When an agent's half last changed, as seen here.
     pub changed: Option<Timestamp>,
+    /// When the object was last known to be the newest: a watch delivered another version, or we read or wrote it.
+    pub confirmed: Timestamp,
+    version: u64,
     halves: u64,
     touched: Timestamp,
 }
@@ -87,6 +90,8 @@ impl Context {
             let mut memory = self.lock();
             let entry = memory.entry(uid).or_insert_with(|| Memory::new(now));
             entry.touched = now;
+            entry.confirmed = now;
+            entry.version = version(&migration);
             entry.newest = Some(migration);
         }
     }
@@ -101,6 +106,10 @@ impl Context {
         let is_new = !memory.contains_key(&uid);
         let entry = memory.entry(uid).or_insert_with(|| Memory::new(now));
         entry.touched = now;
+        if entry.version != version(migration) {
+            entry.version = version(migration);
+            entry.confirmed = now;
+        }
         if is_new {
             entry.halves = halves;
             let unseen = migration.status.as_ref().is_none_or(|s| s.start_time.is_none());
@@ -166,6 +175,8 @@ impl Memory {
             newest: None,
             first_seen: None,
             changed: None,
+            confirmed: now,
+            version: 0,
             halves: 0,
             touched: now,
         }

@@ -75,6 +75,12 @@ pub enum Error {
         #[source]
         source: kube::Error,
     },
+    /// The API did not answer in time.
+    #[error("the API did not answer in time in a pass over migration {migration}")]
+    Deadline {
+        /// `namespace/name`.
+        migration: String,
+    },
     /// The migration could not be read again.
     #[error("failed to read migration {migration}")]
     Read {

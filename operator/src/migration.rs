@@ -11,7 +11,7 @@ use std::time::Duration;
 use crds::ProcessMigration;
 use crds::condition::is_true;
 use crds::process_migration::cond;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 use kube::runtime::controller::Action;
 
@@ -22,6 +22,10 @@ use crate::error::{Error, chain};
 
 /// Most rounds of one pass. Each does something; a pass that needs more is left to the next.
 const ROUNDS: usize = 16;
+/// Longest pass. A request to a server that went away without a word would hold it for minutes.
+const LONGEST: Duration = Duration::from_secs(30);
+/// An object of which the watch has told nothing for this long is read past it: its connection may be dead.
+const UNCONFIRMED: SignedDuration = SignedDuration::from_secs(15);
 /// Before the next pass where this one lost a race over and over.
 const AFTER_CONFLICTS: Duration = Duration::from_millis(200);
 
@@ -31,7 +35,13 @@ pub async fn reconcile(watched: Arc<ProcessMigration>, ctx: Arc<Context>) -> Res
         return Ok(Action::await_change());
     }
     let begun = std::time::Instant::now();
-    let result = pass(watched, &ctx).await;
+    let result = match tokio::time::timeout(LONGEST, pass(watched.clone(), &ctx)).await {
+        Ok(result) => result,
+        // What was under way is lost, not failed: the next pass observes what became of it.
+        Err(_) => Err(Error::Deadline {
+            migration: name(&watched),
+        }),
+    };
     let outcome = if result.is_ok() { "ok" } else { "error" };
     ctx.metrics.observe(
         "peregrine_reconcile_seconds",
@@ -63,6 +73,13 @@ async fn pass(watched: Arc<ProcessMigration>, ctx: &Context) -> Result<Action, E
     } else {
         None
     };
+    let now = Timestamp::now();
+    if !is_finished(&migration) && now.duration_since(ctx.saw(&migration, now).confirmed) >= UNCONFIRMED {
+        match observe::read_again(ctx, &migration).await? {
+            Some(newest) => migration = newest,
+            None => return Ok(Action::await_change()),
+        }
+    }
     let mut learned = Learned::default();
     for _ in 0..ROUNDS {
         if !ctx.leads() {

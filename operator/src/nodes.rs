@@ -32,16 +32,24 @@ const DEFAULT_LEASE: Duration = Duration::from_secs(40);
 const ONE_RENEWAL: Duration = Duration::from_secs(15);
 
 /// Every node.
-#[derive(Debug)]
 pub struct Nodes {
     nodes: Store<Node>,
     migration_nodes: Store<MigrationNode>,
     heartbeats: Mutex<HashMap<String, Beat>>,
     view: RwLock<Arc<Vec<NodeView>>>,
     changed: Arc<Notify>,
+    leases: Option<Api<Lease>>,
     leases_listed: AtomicBool,
     nodes_listed: AtomicBool,
     migration_nodes_listed: AtomicBool,
+}
+
+impl std::fmt::Debug for Nodes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Nodes")
+            .field("view", &self.view)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A heartbeat as seen here. The agent's clock is not asked after the first sight: only that the renewal changes.
@@ -64,6 +72,7 @@ impl Nodes {
             heartbeats: Mutex::default(),
             view: RwLock::default(),
             changed: Arc::new(Notify::new()),
+            leases: Some(Api::namespaced(client.clone(), namespace)),
             leases_listed: AtomicBool::new(false),
             nodes_listed: AtomicBool::new(false),
             migration_nodes_listed: AtomicBool::new(false),
@@ -208,6 +217,7 @@ impl Nodes {
     pub async fn run(self: Arc<Self>, ctx: Arc<Context>) {
         let mut leading = ctx.leading.clone();
         loop {
+            self.ask_about_the_silent().await;
             if self.is_synced() && self.refresh() {
                 ctx.kick.notify_one();
             }
@@ -230,6 +240,31 @@ impl Nodes {
                     }
                 }
                 () = tokio::time::sleep(next) => {}
+            }
+        }
+    }
+
+    /// A watch whose connection died without a word looks like silence. Before an agent counts as silent its lease is read;
+    /// what cannot be read is not silent either.
+    async fn ask_about_the_silent(&self) {
+        let Some(leases) = &self.leases else { return };
+        let view = self.view();
+        let was_fresh = |name: &str| view.iter().any(|n| n.name == name && n.heartbeat == Heartbeat::Fresh);
+        let silent: Vec<String> = self
+            .beats()
+            .iter()
+            .filter(|(name, beat)| beat.seen.elapsed() >= beat.patience && was_fresh(name))
+            .map(|(name, _)| name.clone())
+            .collect();
+        for name in silent {
+            match tokio::time::timeout(Duration::from_secs(3), leases.get_opt(&name)).await {
+                Ok(Ok(Some(lease))) => self.heartbeat(&Ok(watcher::Event::Apply(lease))),
+                Ok(Ok(None)) => {}
+                Ok(Err(_)) | Err(_) => {
+                    if let Some(beat) = self.beats().get_mut(&name) {
+                        beat.seen = Instant::now();
+                    }
+                }
             }
         }
     }
@@ -349,6 +384,7 @@ mod tests {
             heartbeats: Mutex::default(),
             view: RwLock::default(),
             changed: Arc::new(Notify::new()),
+            leases: None,
             leases_listed: AtomicBool::new(false),
             nodes_listed: AtomicBool::new(false),
             migration_nodes_listed: AtomicBool::new(false),

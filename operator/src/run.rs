@@ -29,7 +29,7 @@ use crate::{admin, csr, migration};
 pub async fn run(args: Run) -> Result<(), Fatal> {
     let mut stop = Stop::on_signals()?;
     let listener = admin::bind(args.admin_port).await?;
-    let client = Client::try_default().await.map_err(Fatal::Config)?;
+    let client = client().await?;
     let name = args
         .name
         .clone()
@@ -97,6 +97,16 @@ pub async fn run(args: Run) -> Result<(), Fatal> {
         tracing::warn!("the election did not end in time");
     }
     result
+}
+
+/// A client for the API of this cluster.
+pub async fn client() -> Result<Client, Fatal> {
+    let mut config = kube::Config::infer()
+        .await
+        .map_err(|e| Fatal::Config(kube::Error::InferConfig(e)))?;
+    // A watch is ended by the server after 290 s. One that says nothing for longer is dead.
+    config.read_timeout = Some(Duration::from_secs(295));
+    Client::try_from(config).map_err(Fatal::Config)
 }
 
 /// What only the leader does besides passes: certificates, and waking everything when it begins to lead.

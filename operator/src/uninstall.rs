@@ -24,7 +24,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// Does it all within the time, or says what was not done.
 pub async fn run(args: Run, timeout_seconds: u64) -> Result<(), Fatal> {
-    let client = Client::try_default().await.map_err(Fatal::Config)?;
+    let client = crate::run::client().await?;
     let until = Instant::now() + Duration::from_secs(timeout_seconds);
     // Two thirds of the time for the migrations, so that the nodes are cleaned whatever happens to these.
     let migrations_until = Instant::now() + Duration::from_secs(timeout_seconds * 2 / 3);

@@ -316,7 +316,10 @@ mod tests {
             cluster.pass_time(1_000);
             let decision = cluster.settle();
             assert!(!cluster.is_finished(), "cold: {cold}");
-            assert!(wakes_at(&decision).is_some_and(|at| at > cluster.world.now), "cold: {cold}");
+            assert!(
+                wakes_at(&decision).is_some_and(|at| at > cluster.world.now),
+                "cold: {cold}"
+            );
             // As soon as it can be read it goes.
             cluster.world.source_pod = source;
             cluster.settle();
