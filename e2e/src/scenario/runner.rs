@@ -147,6 +147,12 @@ pub(super) fn heal(stage: &Stage) -> Result<()> {
 /// # Errors
 /// If they do not go in time.
 pub fn sweep(stage: &Stage) -> Result<()> {
+    if stage.is_own() {
+        for node in stage.nodes() {
+            // A fault that a killed run left armed would strike somebody else.
+            stage.on_node(node, "rm -f /run/peregrine/fault")?;
+        }
+    }
     // Before the first installation there is no such kind.
     for migration in stage.list::<ProcessMigration>(NAMESPACE, "").unwrap_or_default() {
         stage.delete::<ProcessMigration>(&migration.metadata.name.unwrap_or_default(), None)?;

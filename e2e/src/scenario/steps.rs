@@ -10,7 +10,7 @@ use serde_json::json;
 use self::step::{Role, Step};
 use super::Scenario;
 use super::moves::{Move, because, follow, is_settled, is_true, move_to, phase, story};
-use super::stage::Stage;
+use super::stage::{RELEASE_NAMESPACE, Stage, output};
 use super::subject::{Plan, Subject};
 use crate::invariants;
 
@@ -144,6 +144,20 @@ fn one_fault(stage: &Stage, subject: &mut Subject, step: Step, when: &str, actio
     result?;
     ensure!(struck, "the step was never reached");
     super::install::wait_at_work(stage)
+}
+
+/// Gives the node a new agent once its own was killed: after the second death the kubelet waits longer and longer before it starts one again.
+fn fresh_agent(stage: &Stage, route: &Route, role: Role, migration: &Move) -> Result<()> {
+    while !route.has_struck(stage, role)? {
+        // That it never struck is said at the end.
+        if is_settled(&migration.get(stage)?) {
+            return Ok(());
+        }
+    }
+    let mut kubectl = stage.kubectl();
+    kubectl.args(["delete", "pod", "-n", RELEASE_NAMESPACE, "-l", "app.kubernetes.io/component=node-agent", "--wait=false", "--grace-period=1"]);
+    kubectl.arg(format!("--field-selector=spec.nodeName={}", route.node(role)));
+    output(kubectl, "the deletion of a dead agent").map(drop)
 }
 
 /// One copy, with its memory, on the side that the migration says; nothing else anywhere.
