@@ -56,9 +56,22 @@ impl Figure {
         let mut sorted = samples.to_vec();
         sorted.sort_by(f64::total_cmp);
         let middle = sorted.len() / 2;
-        let (Some(min), Some(max), Some(upper)) = (sorted.first(), sorted.last(), sorted.get(middle)) else { anyhow::bail!("{name} was never measured") };
-        let median = if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + upper) / 2.0 } else { *upper };
-        Ok(Self { name: name.to_owned(), unit, median, min: *min, max: *max, n: sorted.len() })
+        let (Some(min), Some(max), Some(upper)) = (sorted.first(), sorted.last(), sorted.get(middle)) else {
+            anyhow::bail!("{name} was never measured")
+        };
+        let median = if sorted.len().is_multiple_of(2) {
+            (sorted[middle - 1] + upper) / 2.0
+        } else {
+            *upper
+        };
+        Ok(Self {
+            name: name.to_owned(),
+            unit,
+            median,
+            min: *min,
+            max: *max,
+            n: sorted.len(),
+        })
     }
 }
 
@@ -70,10 +83,26 @@ struct Kind {
 }
 
 const KINDS: [Kind; 4] = [
-    Kind { name: "64mib", mib: 64, containers: 1 },
-    Kind { name: "1gib", mib: 1024, containers: 1 },
-    Kind { name: "64mib_three_containers", mib: 64, containers: 3 },
-    Kind { name: "1gib_three_containers", mib: 342, containers: 3 },
+    Kind {
+        name: "64mib",
+        mib: 64,
+        containers: 1,
+    },
+    Kind {
+        name: "1gib",
+        mib: 1024,
+        containers: 1,
+    },
+    Kind {
+        name: "64mib_three_containers",
+        mib: 64,
+        containers: 3,
+    },
+    Kind {
+        name: "1gib_three_containers",
+        mib: 342,
+        containers: 3,
+    },
 ];
 
 type Samples = BTreeMap<String, Vec<f64>>;
@@ -89,11 +118,16 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
     install::install(&stage, &[])?;
     let mut figures = Vec::new();
     for kind in &KINDS {
-        let samples = progress::step(&format!("{} moves of {}", settings.runs, kind.name), || measure(&stage, kind, settings.runs))?;
+        let samples = progress::step(&format!("{} moves of {}", settings.runs, kind.name), || {
+            measure(&stage, kind, settings.runs)
+        })?;
         for (name, values) in &samples {
             figures.push(Figure::of(name, "ms", values)?);
         }
-        if let (Some(ours), Some(theirs)) = (samples.get(&format!("freeze_{}_stop_and_copy", kind.name)), samples.get(&format!("stock_{}", kind.name))) {
+        if let (Some(ours), Some(theirs)) = (
+            samples.get(&format!("freeze_{}_stop_and_copy", kind.name)),
+            samples.get(&format!("stock_{}", kind.name)),
+        ) {
             let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
             figures.push(Figure::of(&format!("ratio_{}", kind.name), "ratio", &ratios)?);
         }
@@ -103,7 +137,10 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
         if settings.json {
             println!("{}", serde_json::to_string(figure)?);
         } else {
-            println!("{:<44} {:>9.2} {:<5} ({:.2} to {:.2}, n = {})", figure.name, figure.median, figure.unit, figure.min, figure.max, figure.n);
+            println!(
+                "{:<44} {:>9.2} {:<5} ({:.2} to {:.2}, n = {})",
+                figure.name, figure.median, figure.unit, figure.min, figure.max, figure.n
+            );
         }
     }
     if settings.write {
@@ -114,22 +151,38 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
 }
 
 fn measure(stage: &Stage, kind: &Kind, runs: u32) -> Result<Samples> {
-    let [a, b, ..] = stage.nodes() else { anyhow::bail!("the bench needs two nodes") };
+    let [a, b, ..] = stage.nodes() else {
+        anyhow::bail!("the bench needs two nodes")
+    };
     let mut samples = Samples::new();
     let mut add = |name: String, value: f64| samples.entry(name).or_default().push(value);
     let name = format!("bench-{}", kind.name.replace('_', "-"));
-    let mut subject = Subject::start(stage, &Plan { node: Some(a.clone()), mib: kind.mib, containers: kind.containers, ..Plan::small(&name) })?;
+    let mut subject = Subject::start(
+        stage,
+        &Plan {
+            node: Some(a.clone()),
+            mib: kind.mib,
+            containers: kind.containers,
+            ..Plan::small(&name)
+        },
+    )?;
     for _ in 0..runs {
         let target = if subject.node(stage)? == *a { b } else { a };
         let migration = move_to(stage, &mut subject, Some(target))?;
-        let result = migration.status.and_then(|status| status.result).context("the move has no result")?;
+        let result = migration
+            .status
+            .and_then(|status| status.result)
+            .context("the move has no result")?;
         let parts = [
             ("freeze", result.freeze_milliseconds),
             ("dump", result.dump_milliseconds),
             ("transfer", result.transfer_milliseconds),
             ("restore", result.restore_milliseconds),
             ("commit", result.commit_milliseconds),
-            ("total", result.total_milliseconds.and_then(|total| u32::try_from(total).ok())),
+            (
+                "total",
+                result.total_milliseconds.and_then(|total| u32::try_from(total).ok()),
+            ),
         ];
         for (part, value) in parts {
             if let Some(value) = value {
@@ -144,7 +197,13 @@ fn measure(stage: &Stage, kind: &Kind, runs: u32) -> Result<Samples> {
     for run in 0..runs {
         let (from, to) = if run.is_multiple_of(2) { (a, b) } else { (b, a) };
         let times = stock::run(stage, from, to, kind.mib, kind.containers)?;
-        for (part, value) in [("stock", times.freeze), ("stock_dump", times.dump), ("stock_copy", times.copy), ("stock_restore", times.restore), ("stock_total", times.total)] {
+        for (part, value) in [
+            ("stock", times.freeze),
+            ("stock_dump", times.dump),
+            ("stock_copy", times.copy),
+            ("stock_restore", times.restore),
+            ("stock_total", times.total),
+        ] {
             add(format!("{part}_{}", kind.name), value as f64);
         }
     }
@@ -157,9 +216,15 @@ fn memory(stage: &Stage) -> Result<Vec<Figure>> {
     for (name, program) in [("agent_rss", "node-agent"), ("operator_rss", "operator")] {
         let mut samples = Vec::new();
         for node in stage.nodes() {
-            let script = format!("for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && sed -n 's/^VmRSS: *\\([0-9]*\\) kB/\\1/p' $p/status; done; true");
+            let script = format!(
+                "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && sed -n 's/^VmRSS: *\\([0-9]*\\) kB/\\1/p' $p/status; done; true"
+            );
             for line in stage.on_node(node, &script)?.lines() {
-                samples.push(line.trim().parse::<f64>().with_context(|| format!("not a size: {line}"))?);
+                samples.push(
+                    line.trim()
+                        .parse::<f64>()
+                        .with_context(|| format!("not a size: {line}"))?,
+                );
             }
         }
         ensure!(!samples.is_empty(), "no {program} runs");
@@ -180,7 +245,13 @@ fn page(figures: &[Figure]) -> String {
          same memory, in the same run. `ratio` is our freeze divided by stock's. Of three containers, each has a third of the memory that `1gib` says;\n\
          stock runc takes them one after the other.\n\n",
     );
-    let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, model)| model.to_owned())));
+    let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {
+        text.lines().find_map(|line| {
+            line.strip_prefix("model name")?
+                .split_once(": ")
+                .map(|(_, model)| model.to_owned())
+        })
+    });
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     page.push_str(&format!(
         "Machine: {} processors ({}), kernel {}, on {}.\n\n| figure | median | least | most | n | unit |\n|---|---|---|---|---|---|\n",
@@ -191,7 +262,10 @@ fn page(figures: &[Figure]) -> String {
     ));
     for figure in figures {
         let digits = if figure.unit == "ratio" { 2 } else { 0 };
-        page.push_str(&format!("| `{}` | {:.digits$} | {:.digits$} | {:.digits$} | {} | {} |\n", figure.name, figure.median, figure.min, figure.max, figure.n, figure.unit));
+        page.push_str(&format!(
+            "| `{}` | {:.digits$} | {:.digits$} | {:.digits$} | {} | {} |\n",
+            figure.name, figure.median, figure.min, figure.max, figure.n, figure.unit
+        ));
     }
     page
 }

@@ -63,13 +63,27 @@ fn play(settings: Settings, began: Instant) -> Result<ExitCode> {
     let stage = Stage::on_own_cluster()?;
     sweep(&stage)?;
     crate::progress::step("helm install peregrine", || install::install(&stage, &[]))?;
-    let [a, b, ..] = stage.nodes() else { bail!("the demo needs two nodes") };
+    let [a, b, ..] = stage.nodes() else {
+        bail!("the demo needs two nodes")
+    };
 
-    let mut subject = crate::progress::step("starting a workload that checks itself", || Subject::start(&stage, &Plan { node: Some(a.clone()), mib: MIB, ..Plan::small(NAME) }))?;
+    let mut subject = crate::progress::step("starting a workload that checks itself", || {
+        Subject::start(
+            &stage,
+            &Plan {
+                node: Some(a.clone()),
+                mib: MIB,
+                ..Plan::small(NAME)
+            },
+        )
+    })?;
     let start = subject.node(&stage)?;
     let other = if start == *a { b.clone() } else { a.clone() };
     say("")?;
-    say(&format!("The pod {} runs on {start}. It keeps {MIB} MiB in memory, counts, and checks all it holds.", subject.pod))?;
+    say(&format!(
+        "The pod {} runs on {start}. It keeps {MIB} MiB in memory, counts, and checks all it holds.",
+        subject.pod
+    ))?;
 
     let mut rows = Vec::new();
     for (from, to) in [(&start, &other), (&other, &start)] {
@@ -77,19 +91,40 @@ fn play(settings: Settings, began: Instant) -> Result<ExitCode> {
     }
     let lives = subject.lives(&stage)?.unwrap_or_default();
     let restarts = lives.len().saturating_sub(1);
-    let intact = subject.check(&stage).and_then(|()| subject.check_access(&stage)).and_then(|()| invariants::one_life(&stage, &subject)).and_then(|()| invariants::exactly_one(&stage, &subject)).and_then(|()| invariants::nothing_left(&stage));
+    let intact = subject
+        .check(&stage)
+        .and_then(|()| subject.check_access(&stage))
+        .and_then(|()| invariants::one_life(&stage, &subject))
+        .and_then(|()| invariants::exactly_one(&stage, &subject))
+        .and_then(|()| invariants::nothing_left(&stage));
 
     say("")?;
-    let times = crate::progress::step("the same move by stock runc", || stock::run(&stage, &start, &other, MIB, 1))?;
-    let stock = Row { what: "stock runc checkpoint + copy + restore".to_owned(), freeze_ms: times.freeze, total_ms: times.total, bytes: None, seen_ms: None };
+    let times = crate::progress::step("the same move by stock runc", || {
+        stock::run(&stage, &start, &other, MIB, 1)
+    })?;
+    let stock = Row {
+        what: "stock runc checkpoint + copy + restore".to_owned(),
+        freeze_ms: times.freeze,
+        total_ms: times.total,
+        bytes: None,
+        seen_ms: None,
+    };
 
     table(&rows, &stock, &intact, restarts)?;
-    say(&format!("From start to here: {} s. All nodes share one kernel and {} processors: the times are honest about CPU and system calls, not about a network.", began.elapsed().as_secs(), std::thread::available_parallelism().map_or(1, std::num::NonZero::get)))?;
+    say(&format!(
+        "From start to here: {} s. All nodes share one kernel and {} processors: the times are honest about CPU and system calls, not about a network.",
+        began.elapsed().as_secs(),
+        std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+    ))?;
     if !settings.down {
         what_next(&subject)?;
     }
     if settings.json {
-        let figures = |rows: &[Row]| rows.iter().map(|row| json!({"freeze_ms": row.freeze_ms, "total_ms": row.total_ms})).collect::<Vec<Value>>();
+        let figures = |rows: &[Row]| {
+            rows.iter()
+                .map(|row| json!({"freeze_ms": row.freeze_ms, "total_ms": row.total_ms}))
+                .collect::<Vec<Value>>()
+        };
         say(&json!({"intact": intact.is_ok(), "restarts": restarts, "moves": figures(&rows), "stock": figures(std::slice::from_ref(&stock))}).to_string())?;
     }
     if let Err(error) = intact {
@@ -103,7 +138,10 @@ fn play(settings: Settings, began: Instant) -> Result<ExitCode> {
 fn one_move(stage: &Stage, subject: &mut Subject, from: &str, to: &str) -> Result<Row> {
     let name = format!("demo-{from}-to-{to}");
     let object = moves::object(&name, &subject.pod, Some(to), &json!({}));
-    say(&format!("\n$ kubectl apply -f - <<< '{}'", serde_json::to_string(&object)?))?;
+    say(&format!(
+        "\n$ kubectl apply -f - <<< '{}'",
+        serde_json::to_string(&object)?
+    ))?;
     let before = stage.witnessed(NAME)?.map_or(0, |(now, _)| now);
     let began = Instant::now();
     stage.apply(&object)?;
@@ -111,12 +149,21 @@ fn one_move(stage: &Stage, subject: &mut Subject, from: &str, to: &str) -> Resul
     moves::succeeded(&migration)?;
     moves::follow(subject, &migration)?;
     subject.check(stage)?;
-    let result = migration.status.as_ref().and_then(|status| status.result.clone()).context("the migration has no result")?;
-    let seen_ms = stage.witnessed(NAME)?.and_then(|(_, lives)| lives.iter().map(|life| life.longest_gap(before)).max());
+    let result = migration
+        .status
+        .as_ref()
+        .and_then(|status| status.result.clone())
+        .context("the migration has no result")?;
+    let seen_ms = stage
+        .witnessed(NAME)?
+        .and_then(|(_, lives)| lives.iter().map(|life| life.longest_gap(before)).max());
     Ok(Row {
         what: format!("{from} -> {to}"),
         freeze_ms: result.freeze_milliseconds.unwrap_or_default().into(),
-        total_ms: result.total_milliseconds.and_then(|total| u64::try_from(total).ok()).unwrap_or_default(),
+        total_ms: result
+            .total_milliseconds
+            .and_then(|total| u64::try_from(total).ok())
+            .unwrap_or_default(),
         bytes: result.bytes,
         seen_ms,
     })
@@ -136,13 +183,20 @@ fn watch(stage: &Stage, migration: &Move, began: Instant) -> Result<ProcessMigra
         if moves::is_settled(&now) {
             return Ok(now);
         }
-        ensure!(Instant::now() < deadline, "the move is not settled after {} s: {}", moves::SETTLED.as_secs(), moves::story(&now));
+        ensure!(
+            Instant::now() < deadline,
+            "the move is not settled after {} s: {}",
+            moves::SETTLED.as_secs(),
+            moves::story(&now)
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
 fn line(migration: &ProcessMigration) -> String {
-    let Some(status) = &migration.status else { return "created".to_owned() };
+    let Some(status) = &migration.status else {
+        return "created".to_owned();
+    };
     let mut line = format!("{:<10}", status.phase.map_or("", |phase| phase.as_str()));
     if let Some(active) = status.active_on {
         line.push_str(&format!("  runs on {active:?}"));
@@ -161,7 +215,10 @@ fn mib(bytes: i64) -> String {
 }
 
 fn table(rows: &[Row], stock: &Row, intact: &Result<()>, restarts: usize) -> Result<()> {
-    say(&format!("\n{:<40} {:>10} {:>14} {:>10} {:>10}", "move", "freeze", "seen outside", "total", "bytes"))?;
+    say(&format!(
+        "\n{:<40} {:>10} {:>14} {:>10} {:>10}",
+        "move", "freeze", "seen outside", "total", "bytes"
+    ))?;
     for row in rows.iter().chain([stock]) {
         let or_none = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         say(&format!(
@@ -173,7 +230,10 @@ fn table(rows: &[Row], stock: &Row, intact: &Result<()>, restarts: usize) -> Res
             or_none(row.bytes.map(mib))
         ))?;
     }
-    say(&format!("\nstate intact: {}; restarts: {restarts}", if intact.is_ok() { "yes" } else { "NO" }))
+    say(&format!(
+        "\nstate intact: {}; restarts: {restarts}",
+        if intact.is_ok() { "yes" } else { "NO" }
+    ))
 }
 
 fn what_next(subject: &Subject) -> Result<()> {

@@ -58,7 +58,12 @@ impl Images {
         let work = Work { folder: &folder };
         Ok(Self {
             operator: work.image("operator", &[("operator", "/operator")], &[], "65532:65532")?,
-            agent: work.image("node-agent", &[("node-agent", "/node-agent"), ("peregrine-runc", "/peregrine-runc")], &[("/limits.so", limits_library()?)], "")?,
+            agent: work.image(
+                "node-agent",
+                &[("node-agent", "/node-agent"), ("peregrine-runc", "/peregrine-runc")],
+                &[("/limits.so", limits_library()?)],
+                "",
+            )?,
             workload: work.image("workload", &[("workload", "/workload")], &[], "")?,
         })
     }
@@ -70,8 +75,14 @@ impl Images {
     pub fn load(&self, cluster: &Cluster) -> Result<()> {
         let all = [&self.operator, &self.agent, &self.workload];
         for image in all {
-            let nodes: Vec<Member> = cluster.nodes().into_iter().filter(|node| cluster.init_of(*node).is_some()).collect();
-            let lacking = nodes.iter().any(|node| !has(cluster, *node, &image.name()).unwrap_or(false));
+            let nodes: Vec<Member> = cluster
+                .nodes()
+                .into_iter()
+                .filter(|node| cluster.init_of(*node).is_some())
+                .collect();
+            let lacking = nodes
+                .iter()
+                .any(|node| !has(cluster, *node, &image.name()).unwrap_or(false));
             if lacking {
                 progress::step(&format!("loading {}", image.name()), || cluster.load(&image.archive))?;
             }
@@ -82,7 +93,14 @@ impl Images {
 
 /// Whether a node has an image of that name; the tag says which content it is.
 fn has(cluster: &Cluster, node: Member, name: &str) -> Result<bool> {
-    let output = cluster.exec(node, &["ctr", "-n", "k8s.io", "images", "ls", "-q", &format!("name=={name}")])?.stdin(Stdio::null()).output().context("cannot list images")?;
+    let output = cluster
+        .exec(
+            node,
+            &["ctr", "-n", "k8s.io", "images", "ls", "-q", &format!("name=={name}")],
+        )?
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot list images")?;
     Ok(output.status.success() && String::from_utf8_lossy(&output.stdout).trim() == name)
 }
 
@@ -100,20 +118,40 @@ impl Work<'_> {
             entries.push(Entry::program(to, from));
         }
         let entrypoint = programs.iter().map(|(_, to)| (*to).to_owned()).take(1).collect();
-        let mut image = Image { name: format!("docker.io/peregrine/{name}:dev"), entries, entrypoint, user: user.to_owned(), ..Image::default() };
-        let digest: String = Sha256::digest(image.to_archive()?).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let mut image = Image {
+            name: format!("docker.io/peregrine/{name}:dev"),
+            entries,
+            entrypoint,
+            user: user.to_owned(),
+            ..Image::default()
+        };
+        let digest: String = Sha256::digest(image.to_archive()?)
+            .iter()
+            .take(8)
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
         let (repository, tag) = (format!("docker.io/peregrine/{name}"), format!("dev-{digest}"));
         image.name = format!("{repository}:{tag}");
         let archive = self.folder.join(format!("{name}.tar"));
         image.write(&archive)?;
-        Ok(Built { repository, tag, archive })
+        Ok(Built {
+            repository,
+            tag,
+            archive,
+        })
     }
 
     /// A copy without debug information, which is nine tenths of a program; as it is, where the machine has no `strip`.
     fn stripped(&self, program: &str) -> Result<PathBuf> {
         let from = self::program(program)?;
         let to = self.folder.join(program);
-        let done = Command::new("strip").arg("-o").arg(&to).arg(&from).stderr(Stdio::null()).status().is_ok_and(|status| status.success());
+        let done = Command::new("strip")
+            .arg("-o")
+            .arg(&to)
+            .arg(&from)
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success());
         Ok(if done { to } else { from })
     }
 }
@@ -129,7 +167,12 @@ pub fn program(name: &str) -> Result<PathBuf> {
         .take(2)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("the program {name} is not beside {}: `cargo xtask demo` builds all that is needed", own.display()))
+        .with_context(|| {
+            format!(
+                "the program {name} is not beside {}: `cargo xtask demo` builds all that is needed",
+                own.display()
+            )
+        })
 }
 
 /// The folder of the checkout that this program was built from.
@@ -137,8 +180,15 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// # Errors
 /// If it is not there any more.
 pub fn checkout() -> Result<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the crate has no parent folder")?.to_path_buf();
-    ensure!(folder.join("charts").is_dir(), "{} is not the checkout any more: build this program again", folder.display());
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .context("the crate has no parent folder")?
+        .to_path_buf();
+    ensure!(
+        folder.join("charts").is_dir(),
+        "{} is not the checkout any more: build this program again",
+        folder.display()
+    );
     Ok(folder)
 }
 
@@ -157,9 +207,25 @@ fn cargo(folder: &Path) -> Command {
 fn build_programs() -> Result<()> {
     let checkout = checkout()?;
     let mut build = cargo(&checkout);
-    build.args(["build", "--quiet", "--package", "operator", "--package", "node-agent", "--package", "runtime", "--package", "e2e", "--bins"]);
+    build.args([
+        "build",
+        "--quiet",
+        "--package",
+        "operator",
+        "--package",
+        "node-agent",
+        "--package",
+        "runtime",
+        "--package",
+        "e2e",
+        "--bins",
+    ]);
     let output = build.output().context("cannot start cargo")?;
-    ensure!(output.status.success(), "the programs do not build: {}", String::from_utf8_lossy(&output.stderr).trim());
+    ensure!(
+        output.status.success(),
+        "the programs do not build: {}",
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
     Ok(())
 }
 
@@ -175,8 +241,16 @@ fn limits_library() -> Result<PathBuf> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .output()
         .with_context(|| format!("cannot build {}", crate_folder.display()))?;
-    ensure!(output.status.success(), "cannot build {}: {}", crate_folder.display(), String::from_utf8_lossy(&output.stderr).trim());
-    let folders = [target.join("release"), target.join(format!("{}-unknown-linux-gnu/release", std::env::consts::ARCH))];
+    ensure!(
+        output.status.success(),
+        "cannot build {}: {}",
+        crate_folder.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let folders = [
+        target.join("release"),
+        target.join(format!("{}-unknown-linux-gnu/release", std::env::consts::ARCH)),
+    ];
     folders
         .iter()
         .flat_map(|folder| std::fs::read_dir(folder).into_iter().flatten().flatten())

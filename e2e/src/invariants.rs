@@ -22,15 +22,40 @@ const CLEAN: Duration = Duration::from_secs(40);
 /// # Errors
 /// What was seen.
 pub fn one_life(stage: &Stage, subject: &Subject) -> Result<()> {
-    let Some(lives) = subject.lives(stage)? else { return Ok(()) };
+    let Some(lives) = subject.lives(stage)? else {
+        return Ok(());
+    };
     for state in subject.known() {
-        ensure!(lives.iter().any(|life| life.token == state.token), "the witness never heard of {}", state.token);
+        ensure!(
+            lives.iter().any(|life| life.token == state.token),
+            "the witness never heard of {}",
+            state.token
+        );
     }
     let mut containers = BTreeSet::new();
     for life in lives {
-        ensure!(life.doubled == 0, "two copies of {} {} ran at once: {} beats came twice, from {}", life.name, life.container, life.doubled, life.sources.join(", "));
-        ensure!(life.backward == 0, "an old state of {} {} ran: {} beats, from {}", life.name, life.container, life.backward, life.sources.join(", "));
-        ensure!(containers.insert(life.container.clone()), "{} {} was started again", life.name, life.container);
+        ensure!(
+            life.doubled == 0,
+            "two copies of {} {} ran at once: {} beats came twice, from {}",
+            life.name,
+            life.container,
+            life.doubled,
+            life.sources.join(", ")
+        );
+        ensure!(
+            life.backward == 0,
+            "an old state of {} {} ran: {} beats, from {}",
+            life.name,
+            life.container,
+            life.backward,
+            life.sources.join(", ")
+        );
+        ensure!(
+            containers.insert(life.container.clone()),
+            "{} {} was started again",
+            life.name,
+            life.container
+        );
     }
     Ok(())
 }
@@ -42,8 +67,16 @@ pub fn one_life(stage: &Stage, subject: &Subject) -> Result<()> {
 pub fn exactly_one(stage: &Stage, subject: &Subject) -> Result<()> {
     stage.wait(&format!("exactly one pod of {}", subject.name), CLEAN, || {
         let pods = stage.list::<Pod>(NAMESPACE, "")?;
-        let mine: Vec<String> = pods.iter().filter(|pod| belongs(pod, &subject.name)).map(describe).collect();
-        ensure!(mine.len() == 1 && mine[0].starts_with(&format!("{} Running", subject.pod)), "there are: {}", mine.join(", "));
+        let mine: Vec<String> = pods
+            .iter()
+            .filter(|pod| belongs(pod, &subject.name))
+            .map(describe)
+            .collect();
+        ensure!(
+            mine.len() == 1 && mine[0].starts_with(&format!("{} Running", subject.pod)),
+            "there are: {}",
+            mine.join(", ")
+        );
         Ok(())
     })
 }
@@ -55,7 +88,11 @@ pub fn exactly_one(stage: &Stage, subject: &Subject) -> Result<()> {
 pub fn none(stage: &Stage, subject: &Subject) -> Result<()> {
     stage.wait(&format!("every pod of {} to be gone", subject.name), CLEAN, || {
         let pods = stage.list::<Pod>(NAMESPACE, "")?;
-        let mine: Vec<String> = pods.iter().filter(|pod| belongs(pod, &subject.name)).map(describe).collect();
+        let mine: Vec<String> = pods
+            .iter()
+            .filter(|pod| belongs(pod, &subject.name))
+            .map(describe)
+            .collect();
         ensure!(mine.is_empty(), "there are: {}", mine.join(", "));
         Ok(())
     })
@@ -64,13 +101,29 @@ pub fn none(stage: &Stage, subject: &Subject) -> Result<()> {
 /// Whether a pod is this workload's: by its label, or, before the commit, by the name that it was made from.
 fn belongs(pod: &Pod, name: &str) -> bool {
     let metadata = &pod.metadata;
-    metadata.labels.as_ref().and_then(|labels| labels.get("app")).is_some_and(|app| app == name)
-        || metadata.annotations.as_ref().and_then(|annotations| annotations.get(crds::names::ANNOTATION_ORIGINAL_NAME)).is_some_and(|original| original == name)
+    metadata
+        .labels
+        .as_ref()
+        .and_then(|labels| labels.get("app"))
+        .is_some_and(|app| app == name)
+        || metadata
+            .annotations
+            .as_ref()
+            .and_then(|annotations| annotations.get(crds::names::ANNOTATION_ORIGINAL_NAME))
+            .is_some_and(|original| original == name)
 }
 
 fn describe(pod: &Pod) -> String {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.clone()).unwrap_or_default();
-    let ending = if pod.metadata.deletion_timestamp.is_some() { " (ending)" } else { "" };
+    let phase = pod
+        .status
+        .as_ref()
+        .and_then(|status| status.phase.clone())
+        .unwrap_or_default();
+    let ending = if pod.metadata.deletion_timestamp.is_some() {
+        " (ending)"
+    } else {
+        ""
+    };
     format!("{} {phase}{ending}", pod.metadata.name.clone().unwrap_or_default())
 }
 
@@ -96,19 +149,39 @@ pub fn nothing_left(stage: &Stage) -> Result<()> {
     stage.wait("everything to be cleaned up", CLEAN, || {
         let mut left = Vec::new();
         // In all namespaces: others may move pods on this cluster as well.
-        let pods = stage.block(Api::<Pod>::all(stage.client()).list(&ListParams::default()))?.items;
-        let migrations = stage.block(Api::<ProcessMigration>::all(stage.client()).list(&ListParams::default()))?.items;
-        let under_way: BTreeSet<String> =
-            migrations.iter().filter(|migration| !crate::scenario::moves::is_settled(migration)).filter_map(|migration| migration.metadata.uid.clone()).collect();
+        let pods = stage
+            .block(Api::<Pod>::all(stage.client()).list(&ListParams::default()))?
+            .items;
+        let migrations = stage
+            .block(Api::<ProcessMigration>::all(stage.client()).list(&ListParams::default()))?
+            .items;
+        let under_way: BTreeSet<String> = migrations
+            .iter()
+            .filter(|migration| !crate::scenario::moves::is_settled(migration))
+            .filter_map(|migration| migration.metadata.uid.clone())
+            .collect();
         for migration in &migrations {
             let settled = crate::scenario::moves::is_settled(migration);
-            if settled && migration.metadata.finalizers.as_ref().is_some_and(|finalizers| !finalizers.is_empty()) {
-                left.push(format!("finalizer on {}", migration.metadata.name.clone().unwrap_or_default()));
+            if settled
+                && migration
+                    .metadata
+                    .finalizers
+                    .as_ref()
+                    .is_some_and(|finalizers| !finalizers.is_empty())
+            {
+                left.push(format!(
+                    "finalizer on {}",
+                    migration.metadata.name.clone().unwrap_or_default()
+                ));
             }
         }
         let containers: BTreeSet<String> = pods
             .iter()
-            .flat_map(|pod| pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()))
+            .flat_map(|pod| {
+                pod.status
+                    .iter()
+                    .flat_map(|status| status.container_statuses.iter().flatten())
+            })
             .filter_map(|container| container.container_id.as_ref()?.rsplit('/').next().map(str::to_owned))
             .collect();
         if stage.is_own() {
@@ -120,14 +193,20 @@ pub fn nothing_left(stage: &Stage) -> Result<()> {
                 }
             }
         }
-        if left.is_empty() { Ok(()) } else { bail!("left: {}", left.join("; ")) }
+        if left.is_empty() {
+            Ok(())
+        } else {
+            bail!("left: {}", left.join("; "))
+        }
     })
 }
 
 /// Whether a line of [`RESIDUE`] is of something that should be gone: a shepherd stands for its container as long as that lives, a journal may
 /// be of a migration under way.
 fn is_residue(line: &str, containers: &BTreeSet<String>, under_way: &BTreeSet<String>) -> bool {
-    let Some((kind, what)) = line.split_once(' ') else { return false };
+    let Some((kind, what)) = line.split_once(' ') else {
+        return false;
+    };
     match kind {
         "shepherd" => !containers.contains(what),
         "journal" => !under_way.iter().any(|uid| what.starts_with(uid.as_str())),

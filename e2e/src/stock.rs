@@ -62,9 +62,13 @@ fn attempt(stage: &Stage, from: &str, to: &str, mib: u32, containers: u16) -> Re
     let restored = Instant::now();
 
     for (before, after) in before.iter().zip(ask_all(stage, to, containers)?) {
-        ensure!(before.token == after.token && before.counter <= after.counter, "stock runc did not bring the process over");
+        ensure!(
+            before.token == after.token && before.counter <= after.counter,
+            "stock runc did not bring the process over"
+        );
     }
-    let milliseconds = |from: Instant, to: Instant| u64::try_from(to.duration_since(from).as_millis()).unwrap_or(u64::MAX);
+    let milliseconds =
+        |from: Instant, to: Instant| u64::try_from(to.duration_since(from).as_millis()).unwrap_or(u64::MAX);
     Ok(Times {
         dump: milliseconds(frozen, dumped),
         copy: milliseconds(dumped, copied),
@@ -79,22 +83,49 @@ fn prepare(stage: &Stage, node: &str, mib: u32, containers: u16) -> Result<()> {
     stage.on_node(node, &format!("{SETUP}\nmkdir -p {FOLDER}; mountpoint -q {FOLDER} || mount -t tmpfs -o mode=0700 stock {FOLDER}; mkdir -p {FOLDER}/root; echo network-lock nftables > {FOLDER}/criu.conf\nfor i in $(seq 0 {}); do touch {FOLDER}/ns-$i; unshare --net={FOLDER}/ns-$i ip link set lo up; done", containers - 1))?;
     let cluster = stage.cluster()?;
     let program = crate::parts::home()?.join("images/workload");
-    let program = if program.is_file() { program } else { crate::images::program("workload")? };
+    let program = if program.is_file() {
+        program
+    } else {
+        crate::images::program("workload")?
+    };
     for index in 0..containers {
         let config = bundle(mib, index).to_string();
-        let mut entries = vec![Entry::program(&format!("{index}/rootfs/workload"), &program), Entry::file(&format!("{index}/config.json"), config), Entry::folder(&format!("img/{index}"), 0o755, (0, 0))];
+        let mut entries = vec![
+            Entry::program(&format!("{index}/rootfs/workload"), &program),
+            Entry::file(&format!("{index}/config.json"), config),
+            Entry::folder(&format!("img/{index}"), 0o755, (0, 0)),
+        ];
         for folder in ["proc", "dev", "sys", "tmp"] {
             entries.push(Entry::folder(&format!("{index}/rootfs/{folder}"), 0o1777, (0, 0)));
         }
-        let layer = Image { name: "stock:1".to_owned(), entries, ..Image::default() }.layer()?;
-        input(cluster.exec(cluster.node(node)?, &["tar", "x", "-C", FOLDER, "-f", "-"])?, &layer, "tar")?;
+        let layer = Image {
+            name: "stock:1".to_owned(),
+            entries,
+            ..Image::default()
+        }
+        .layer()?;
+        input(
+            cluster.exec(cluster.node(node)?, &["tar", "x", "-C", FOLDER, "-f", "-"])?,
+            &layer,
+            "tar",
+        )?;
     }
     Ok(())
 }
 
 /// A plain container: its own namespaces, the network's made beforehand as for a pod, the capabilities of a pod's container.
 fn bundle(mib: u32, index: u16) -> serde_json::Value {
-    let capabilities = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETGID", "CAP_SETUID"];
+    let capabilities = [
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_FSETID",
+        "CAP_KILL",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_NET_RAW",
+        "CAP_SETGID",
+        "CAP_SETUID",
+    ];
     json!({
         "ociVersion": "1.0.2",
         // Debian's nodes have nft and no iptables.
@@ -134,9 +165,21 @@ fn ask_all(stage: &Stage, node: &str, containers: u16) -> Result<Vec<State>> {
 fn copy(stage: &Stage, from: &str, to: &str) -> Result<()> {
     let cluster = stage.cluster()?;
     let changed = format!("{SETUP}\ncd {FOLDER}; exec tar c img */rootfs/tmp");
-    let mut sender = cluster.exec(cluster.node(from)?, &["sh", "-c", &changed])?.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start the copy")?;
+    let mut sender = cluster
+        .exec(cluster.node(from)?, &["sh", "-c", &changed])?
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start the copy")?;
     let pipe = sender.stdout.take().context("the copy has no output")?;
-    let status = cluster.exec(cluster.node(to)?, &["tar", "x", "-C", FOLDER, "-f", "-"])?.stdin(pipe).status().context("cannot receive the copy")?;
-    ensure!(sender.wait().context("cannot wait for the copy")?.success() && status.success(), "the copy failed");
+    let status = cluster
+        .exec(cluster.node(to)?, &["tar", "x", "-C", FOLDER, "-f", "-"])?
+        .stdin(pipe)
+        .status()
+        .context("cannot receive the copy")?;
+    ensure!(
+        sender.wait().context("cannot wait for the copy")?.success() && status.success(),
+        "the copy failed"
+    );
     Ok(())
 }

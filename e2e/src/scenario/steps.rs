@@ -155,7 +155,16 @@ fn fresh_agent(stage: &Stage, route: &Route, role: Role, migration: &Move) -> Re
         }
     }
     let mut kubectl = stage.kubectl();
-    kubectl.args(["delete", "pod", "-n", RELEASE_NAMESPACE, "-l", "app.kubernetes.io/component=node-agent", "--wait=false", "--grace-period=1"]);
+    kubectl.args([
+        "delete",
+        "pod",
+        "-n",
+        RELEASE_NAMESPACE,
+        "-l",
+        "app.kubernetes.io/component=node-agent",
+        "--wait=false",
+        "--grace-period=1",
+    ]);
     kubectl.arg(format!("--field-selector=spec.nodeName={}", route.node(role)));
     output(kubectl, "the deletion of a dead agent").map(drop)
 }

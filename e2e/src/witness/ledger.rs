@@ -58,7 +58,12 @@ impl Life {
     /// The longest pause that ended after `since_ms`, in milliseconds.
     #[must_use]
     pub fn longest_gap(&self, since_ms: u64) -> u64 {
-        self.gaps.iter().filter(|gap| gap.at_ms >= since_ms).map(|gap| gap.ms).max().unwrap_or(0)
+        self.gaps
+            .iter()
+            .filter(|gap| gap.at_ms >= since_ms)
+            .map(|gap| gap.ms)
+            .max()
+            .unwrap_or(0)
     }
 
     fn note(&mut self, counter: u64, source: &str, now: u64) {
@@ -73,7 +78,11 @@ impl Life {
         }
         self.seen[word] |= bit;
         if self.beats > 0 && now - self.last_ms >= GAP_MS && self.gaps.len() < MAX_GAPS {
-            self.gaps.push(Gap { at_ms: now, ms: now - self.last_ms, lost: counter.saturating_sub(self.counter + 1) });
+            self.gaps.push(Gap {
+                at_ms: now,
+                ms: now - self.last_ms,
+                lost: counter.saturating_sub(self.counter + 1),
+            });
         }
         if !self.sources.iter().any(|known| known == source) {
             self.sources.push(source.to_owned());
@@ -114,7 +123,12 @@ impl Ledger {
     /// Lives of the workload of that name, in the order of their beginning; more than one for a container is a restart.
     #[must_use]
     pub fn lives(&self, name: &str) -> Vec<Life> {
-        let mut lives: Vec<Life> = self.lives.values().filter(|life| name.is_empty() || life.name == name).cloned().collect();
+        let mut lives: Vec<Life> = self
+            .lives
+            .values()
+            .filter(|life| name.is_empty() || life.name == name)
+            .cloned()
+            .collect();
         lives.sort_by_key(|life| life.first_ms);
         lives
     }
@@ -127,24 +141,53 @@ mod tests {
     fn ledger(beats: &[(&str, u64, &str, u64)]) -> Ledger {
         let mut ledger = Ledger::default();
         for (token, counter, source, now) in beats {
-            ledger.note(&Report { name: "w".into(), container: "main".into(), token: (*token).into(), counter: *counter }, source, *now);
+            ledger.note(
+                &Report {
+                    name: "w".into(),
+                    container: "main".into(),
+                    token: (*token).into(),
+                    counter: *counter,
+                },
+                source,
+                *now,
+            );
         }
         ledger
     }
 
     #[test]
     fn a_move_is_one_life_with_a_pause() {
-        let lives = ledger(&[("t", 1, "a", 0), ("t", 2, "a", 5), ("t", 3, "b", 205), ("t", 4, "b", 210)]).lives("w");
+        let lives = ledger(&[
+            ("t", 1, "a", 0),
+            ("t", 2, "a", 5),
+            ("t", 3, "b", 205),
+            ("t", 4, "b", 210),
+        ])
+        .lives("w");
         assert_eq!(lives.len(), 1);
         assert_eq!((lives[0].doubled, lives[0].backward, lives[0].counter), (0, 0, 4));
         assert_eq!(lives[0].sources, ["a", "b"]);
-        assert_eq!(lives[0].gaps, [Gap { at_ms: 205, ms: 200, lost: 0 }]);
+        assert_eq!(
+            lives[0].gaps,
+            [Gap {
+                at_ms: 205,
+                ms: 200,
+                lost: 0
+            }]
+        );
         assert_eq!((lives[0].longest_gap(0), lives[0].longest_gap(206)), (200, 0));
     }
 
     #[test]
     fn two_copies_are_seen_by_a_beat_that_comes_twice() {
-        let lives = ledger(&[("t", 1, "a", 0), ("t", 2, "a", 5), ("t", 3, "a", 10), ("t", 3, "b", 11), ("t", 4, "a", 15)]).lives("w");
+        let lives = ledger(&[
+            ("t", 1, "a", 0),
+            ("t", 2, "a", 5),
+            ("t", 3, "a", 10),
+            ("t", 3, "b", 11),
+            ("t", 4, "a", 15),
+        ])
+        .lives("w");
         assert_eq!((lives[0].doubled, lives[0].backward), (1, 0));
     }
 
@@ -163,7 +206,10 @@ mod tests {
     #[test]
     fn a_restart_is_another_life() {
         let lives = ledger(&[("t", 1, "a", 0), ("u", 1, "a", 5)]).lives("w");
-        assert_eq!(lives.iter().map(|life| life.token.as_str()).collect::<Vec<_>>(), ["t", "u"]);
+        assert_eq!(
+            lives.iter().map(|life| life.token.as_str()).collect::<Vec<_>>(),
+            ["t", "u"]
+        );
         assert!(ledger(&[("t", 1, "a", 0)]).lives("other").is_empty());
     }
 }

@@ -19,7 +19,10 @@ impl Report {
     /// As it is sent.
     #[must_use]
     pub fn to_line(&self) -> String {
-        format!("{MAGIC} {} {} {} {}", self.name, self.container, self.token, self.counter)
+        format!(
+            "{MAGIC} {} {} {} {}",
+            self.name, self.container, self.token, self.counter
+        )
     }
 
     /// As it was received; nothing, if it is not a report.
@@ -30,7 +33,12 @@ impl Report {
             return None;
         }
         let mut word = || words.next().filter(|word| !word.is_empty()).map(str::to_owned);
-        let report = Self { name: word()?, container: word()?, token: word()?, counter: word()?.parse().ok()? };
+        let report = Self {
+            name: word()?,
+            container: word()?,
+            token: word()?,
+            counter: word()?.parse().ok()?,
+        };
         words.next().is_none().then_some(report)
     }
 }
@@ -41,9 +49,21 @@ mod tests {
 
     #[test]
     fn a_report_survives_its_line() {
-        let report = Report { name: "n".into(), container: "c".into(), token: "t".into(), counter: 7 };
+        let report = Report {
+            name: "n".into(),
+            container: "c".into(),
+            token: "t".into(),
+            counter: 7,
+        };
         assert_eq!(Report::parse(report.to_line().as_bytes()), Some(report));
-        for bad in ["", "beat1 n c t", "beat1 n c t x", "beat1 n c t 7 8", "beat2 n c t 7", "beat1  c t 7"] {
+        for bad in [
+            "",
+            "beat1 n c t",
+            "beat1 n c t x",
+            "beat1 n c t 7 8",
+            "beat2 n c t 7",
+            "beat1  c t 7",
+        ] {
             assert_eq!(Report::parse(bad.as_bytes()), None, "{bad}");
         }
     }

@@ -37,16 +37,23 @@ pub fn run(listen: SocketAddr, socket: &Path) -> Result<()> {
     let datagrams = UdpSocket::bind(listen).with_context(|| format!("the witness cannot listen on {listen}"))?;
     // Another witness's socket: whoever listens last is asked.
     drop(std::fs::remove_file(socket));
-    let questions = UnixListener::bind(socket).with_context(|| format!("the witness cannot listen on {}", socket.display()))?;
+    let questions =
+        UnixListener::bind(socket).with_context(|| format!("the witness cannot listen on {}", socket.display()))?;
     let started = Instant::now();
     let ledger = Arc::new(Mutex::new(Ledger::default()));
     let noting = Arc::clone(&ledger);
     std::thread::spawn(move || {
         let mut bytes = [0u8; 512];
         loop {
-            let Ok((length, from)) = datagrams.recv_from(&mut bytes) else { continue };
+            let Ok((length, from)) = datagrams.recv_from(&mut bytes) else {
+                continue;
+            };
             if let Some(report) = Report::parse(&bytes[..length]) {
-                noting.lock().unwrap_or_else(PoisonError::into_inner).note(&report, &from.ip().to_string(), milliseconds(started));
+                noting.lock().unwrap_or_else(PoisonError::into_inner).note(
+                    &report,
+                    &from.ip().to_string(),
+                    milliseconds(started),
+                );
             }
         }
     });
@@ -62,7 +69,10 @@ fn answer(stream: &UnixStream, ledger: &Mutex<Ledger>, started: Instant) -> Resu
     let mut name = String::new();
     BufReader::new(stream).read_line(&mut name)?;
     let lives = ledger.lock().unwrap_or_else(PoisonError::into_inner).lives(name.trim());
-    let answer = Answer { now_ms: milliseconds(started), lives };
+    let answer = Answer {
+        now_ms: milliseconds(started),
+        lives,
+    };
     let mut stream = stream;
     stream.write_all(&serde_json::to_vec(&answer)?)?;
     Ok(())
@@ -73,11 +83,14 @@ fn answer(stream: &UnixStream, ledger: &Mutex<Ledger>, started: Instant) -> Resu
 /// # Errors
 /// If nobody listens there.
 pub fn ask(socket: &Path, name: &str) -> Result<Answer> {
-    let mut stream = UnixStream::connect(socket).with_context(|| format!("no witness listens on {}", socket.display()))?;
+    let mut stream =
+        UnixStream::connect(socket).with_context(|| format!("no witness listens on {}", socket.display()))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
     writeln!(stream, "{name}").context("cannot ask the witness")?;
     let mut text = String::new();
-    stream.read_to_string(&mut text).context("the witness does not answer")?;
+    stream
+        .read_to_string(&mut text)
+        .context("the witness does not answer")?;
     serde_json::from_str(&text).context("the witness's answer is not JSON")
 }
 
@@ -98,12 +111,27 @@ mod tests {
         let path = socket.clone();
         std::thread::spawn(move || run(listen, &path));
         let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let report = Report { name: "w".into(), container: "main".into(), token: "t".into(), counter: 1 };
+        let report = Report {
+            name: "w".into(),
+            container: "main".into(),
+            token: "t".into(),
+            counter: 1,
+        };
         let deadline = Instant::now() + Duration::from_secs(10);
         let mut counter = 0;
         loop {
             counter += 1;
-            sender.send_to(Report { counter, ..report.clone() }.to_line().as_bytes(), listen).unwrap();
+            sender
+                .send_to(
+                    Report {
+                        counter,
+                        ..report.clone()
+                    }
+                    .to_line()
+                    .as_bytes(),
+                    listen,
+                )
+                .unwrap();
             if ask(&socket, "w").is_ok_and(|answer| answer.lives.len() == 1 && answer.lives[0].doubled == 0) {
                 break;
             }

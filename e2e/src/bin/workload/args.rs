@@ -43,7 +43,9 @@ impl Settings {
             shm: true,
         };
         for pair in args.chunks(2) {
-            let [name, value] = pair else { return Err(format!("{} needs a value", pair.concat())) };
+            let [name, value] = pair else {
+                return Err(format!("{} needs a value", pair.concat()));
+            };
             let bad = |error: &dyn std::fmt::Display| format!("{name} {value}: {error}");
             match name.as_str() {
                 "--name" => settings.name.clone_from(value),

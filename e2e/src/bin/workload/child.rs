@@ -33,9 +33,17 @@ impl Kid {
         if let Some(segment) = segment {
             command.env(SEGMENT, segment);
         }
-        let mut process = command.spawn().map_err(|error| format!("cannot start a child: {error}"))?;
-        let (Some(ask), Some(answer)) = (process.stdin.take(), process.stdout.take()) else { return Err("a child has no pipes".to_owned()) };
-        Ok(Self { process, ask, answer: BufReader::new(answer) })
+        let mut process = command
+            .spawn()
+            .map_err(|error| format!("cannot start a child: {error}"))?;
+        let (Some(ask), Some(answer)) = (process.stdin.take(), process.stdout.take()) else {
+            return Err("a child has no pipes".to_owned());
+        };
+        Ok(Self {
+            process,
+            ask,
+            answer: BufReader::new(answer),
+        })
     }
 
     /// Asks for its state.
@@ -43,9 +51,13 @@ impl Kid {
         if let Ok(Some(status)) = self.process.try_wait() {
             return Err(format!("child {} has ended: {status}", self.process.id()));
         }
-        self.ask.write_all(b"?\n").map_err(|error| format!("cannot ask child {}: {error}", self.process.id()))?;
+        self.ask
+            .write_all(b"?\n")
+            .map_err(|error| format!("cannot ask child {}: {error}", self.process.id()))?;
         let mut line = String::new();
-        self.answer.read_line(&mut line).map_err(|error| format!("cannot hear child {}: {error}", self.process.id()))?;
+        self.answer
+            .read_line(&mut line)
+            .map_err(|error| format!("cannot hear child {}: {error}", self.process.id()))?;
         serde_json::from_str(&line).map_err(|error| format!("child {} says {line:?}: {error}", self.process.id()))
     }
 }
@@ -54,7 +66,12 @@ impl Kid {
 pub(crate) fn watch(state: &State, kids: &Mutex<Vec<Kid>>) {
     let mut known: Vec<Option<(Value, u64)>> = Vec::new();
     loop {
-        let answers: Vec<Result<Value, String>> = kids.lock().unwrap_or_else(PoisonError::into_inner).iter_mut().map(Kid::state).collect();
+        let answers: Vec<Result<Value, String>> = kids
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter_mut()
+            .map(Kid::state)
+            .collect();
         known.resize(answers.len(), None);
         for (known, answer) in known.iter_mut().zip(answers) {
             let answer = match answer {
@@ -64,7 +81,9 @@ pub(crate) fn watch(state: &State, kids: &Mutex<Vec<Kid>>) {
             let counter = answer["counter"].as_u64().unwrap_or(0);
             let token = answer["token"].clone();
             match known {
-                Some((same, before)) if *same != token || *before > counter => state.fault(format!("child {same} at {before} became {token} at {counter}")),
+                Some((same, before)) if *same != token || *before > counter => {
+                    state.fault(format!("child {same} at {before} became {token} at {counter}"))
+                }
                 Some((_, before)) if *before < counter => state.tick("children"),
                 _ => {}
             }
@@ -84,7 +103,13 @@ pub(crate) fn main() -> Result<(), String> {
     let state = Arc::new(State::new()?);
     let pattern = Pattern::new(&state.token, 1);
     let segment = match std::env::var(SEGMENT) {
-        Ok(path) => Some(OpenOptions::new().read(true).write(true).open(&path).map_err(|error| format!("cannot open {path}: {error}"))?),
+        Ok(path) => Some(
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(&path)
+                .map_err(|error| format!("cannot open {path}: {error}"))?,
+        ),
         Err(_) => None,
     };
     let ticking = Arc::clone(&state);
@@ -105,7 +130,9 @@ pub(crate) fn main() -> Result<(), String> {
     for line in std::io::stdin().lock().lines() {
         line.map_err(|error| format!("cannot read what is asked: {error}"))?;
         let answer = json!({"pid": std::process::id(), "token": state.token, "counter": state.counter.load(Ordering::Relaxed), "faults": state.faults()});
-        writeln!(output, "{answer}").and_then(|()| output.flush()).map_err(|error| format!("cannot answer: {error}"))?;
+        writeln!(output, "{answer}")
+            .and_then(|()| output.flush())
+            .map_err(|error| format!("cannot answer: {error}"))?;
     }
     Ok(())
 }

@@ -16,7 +16,13 @@ const READ_BACK: u64 = 32;
 
 /// Appends to a file of the container's own file system and reads back, by the descriptor and by the path.
 pub(crate) fn file_loop(state: &State, path: &str) {
-    let mut file = match OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path) {
+    let mut file = match OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .read(true)
+        .write(true)
+        .open(path)
+    {
         Ok(file) => file,
         Err(error) => return state.fault(format!("cannot create {path}: {error}")),
     };
@@ -49,7 +55,8 @@ fn check(file: Option<&File>, seed: u64, last: u64) -> Result<(), String> {
     }
     for count in last.saturating_sub(READ_BACK)..=last {
         let mut bytes = [0u8; LINE];
-        file.read_exact_at(&mut bytes, count * LINE as u64).map_err(|error| error.to_string())?;
+        file.read_exact_at(&mut bytes, count * LINE as u64)
+            .map_err(|error| error.to_string())?;
         if bytes != line(seed, count).as_bytes() {
             return Err(format!("line {count} is {:?}", String::from_utf8_lossy(&bytes)));
         }
@@ -64,8 +71,15 @@ pub(crate) fn shm_path(name: &str, container: &str) -> String {
 
 /// Makes the segment.
 pub(crate) fn create_segment(path: &str) -> Result<File, String> {
-    let file = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(path).map_err(|error| format!("cannot create {path}: {error}"))?;
-    file.set_len(4096).map_err(|error| format!("cannot size {path}: {error}"))?;
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|error| format!("cannot create {path}: {error}"))?;
+    file.set_len(4096)
+        .map_err(|error| format!("cannot size {path}: {error}"))?;
     Ok(file)
 }
 
@@ -73,14 +87,17 @@ pub(crate) fn create_segment(path: &str) -> Result<File, String> {
 pub(crate) fn segment_step(file: &File, mine: u64, other: u64, count: u64, seen: &mut u64) -> Result<(), String> {
     let mut bytes = [0u8; 8];
     if count > 1 {
-        file.read_exact_at(&mut bytes, mine).map_err(|error| format!("cannot read: {error}"))?;
+        file.read_exact_at(&mut bytes, mine)
+            .map_err(|error| format!("cannot read: {error}"))?;
         let stored = u64::from_le_bytes(bytes);
         if stored != count - 1 {
             return Err(format!("holds {stored} where {} was written", count - 1));
         }
     }
-    file.write_all_at(&count.to_le_bytes(), mine).map_err(|error| format!("cannot write: {error}"))?;
-    file.read_exact_at(&mut bytes, other).map_err(|error| format!("cannot read: {error}"))?;
+    file.write_all_at(&count.to_le_bytes(), mine)
+        .map_err(|error| format!("cannot write: {error}"))?;
+    file.read_exact_at(&mut bytes, other)
+        .map_err(|error| format!("cannot read: {error}"))?;
     let theirs = u64::from_le_bytes(bytes);
     if theirs < *seen {
         return Err(format!("the other side went back from {seen} to {theirs}"));

@@ -41,17 +41,31 @@ fn answer(state: &State, settings: &Settings, pattern: &Pattern, mut stream: Tcp
                 state.bad_words.fetch_add(wrong, Ordering::Relaxed);
                 state.fault(format!("{wrong} words are wrong"));
             }
-            ("200 OK", json!({"mib": pattern.len(), "bad_words": wrong, "token": state.token}))
+            (
+                "200 OK",
+                json!({"mib": pattern.len(), "bad_words": wrong, "token": state.token}),
+            )
         }
-        _ => ("404 Not Found", json!({"error": "there are /healthz, /state and /verify"})),
+        _ => (
+            "404 Not Found",
+            json!({"error": "there are /healthz, /state and /verify"}),
+        ),
     };
     let body = body.to_string();
-    write!(stream, "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len())
+    write!(
+        stream,
+        "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    )
 }
 
 /// Everything the workload knows of itself.
 fn describe(state: &State, settings: &Settings) -> Value {
-    let counters: Map<String, Value> = state.tickers().into_iter().map(|(name, beats)| (name.to_owned(), beats.into())).collect();
+    let counters: Map<String, Value> = state
+        .tickers()
+        .into_iter()
+        .map(|(name, beats)| (name.to_owned(), beats.into()))
+        .collect();
     json!({
         "name": settings.name,
         "container": settings.container,

@@ -29,11 +29,17 @@ impl Pattern {
     pub(crate) fn new(token: &str, mib: usize) -> Self {
         let seed = seed(token);
         let slice = |index| {
-            let mut slice = Slice { generation: 0, words: vec![0; WORDS] };
+            let mut slice = Slice {
+                generation: 0,
+                words: vec![0; WORDS],
+            };
             slice.fill(seed, index);
             Mutex::new(slice)
         };
-        Self { seed, slices: (0..mib as u64).map(slice).collect() }
+        Self {
+            seed,
+            slices: (0..mib as u64).map(slice).collect(),
+        }
     }
 
     /// Number of slices.
@@ -44,7 +50,10 @@ impl Pattern {
     /// Counts the words of a slice that are wrong.
     pub(crate) fn verify(&self, index: usize) -> u64 {
         let Some(slice) = self.slices.get(index) else { return 0 };
-        slice.lock().unwrap_or_else(PoisonError::into_inner).wrong(self.seed, index as u64)
+        slice
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .wrong(self.seed, index as u64)
     }
 
     /// Counts all words that are wrong.
@@ -72,7 +81,11 @@ impl Slice {
 
     fn wrong(&self, seed: u64, index: u64) -> u64 {
         let start = start(seed, index, self.generation);
-        self.words.iter().enumerate().filter(|(place, word)| **word != mix(start.wrapping_add(*place as u64))).count() as u64
+        self.words
+            .iter()
+            .enumerate()
+            .filter(|(place, word)| **word != mix(start.wrapping_add(*place as u64)))
+            .count() as u64
     }
 }
 

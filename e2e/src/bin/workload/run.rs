@@ -22,11 +22,14 @@ pub(crate) fn run(settings: Settings) -> Result<(), String> {
     let state = Arc::new(State::new()?);
     let settings = Arc::new(settings);
     let pattern = Arc::new(Pattern::new(&state.token, settings.mib));
-    let listener = TcpListener::bind(("0.0.0.0", settings.http)).map_err(|error| format!("cannot listen on port {}: {error}", settings.http))?;
+    let listener = TcpListener::bind(("0.0.0.0", settings.http))
+        .map_err(|error| format!("cannot listen on port {}: {error}", settings.http))?;
     // Not connected: a connected one would be bound to the address of the pod, which is another one after a move.
     let socket = UdpSocket::bind("0.0.0.0:0").map_err(|error| format!("cannot open a UDP socket: {error}"))?;
 
-    let segment_path = settings.shm.then(|| files::shm_path(&settings.name, &settings.container));
+    let segment_path = settings
+        .shm
+        .then(|| files::shm_path(&settings.name, &settings.container));
     let segment = segment_path.as_deref().map(files::create_segment).transpose()?;
     let mut kids = Vec::new();
     for index in 0..settings.children {
@@ -60,9 +63,18 @@ pub(crate) fn run(settings: Settings) -> Result<(), String> {
     }
     {
         let (pattern, settings) = (Arc::clone(&pattern), Arc::clone(&settings));
-        spawn(Box::new(move |state| http::serve(state, &settings, &pattern, &listener)));
+        spawn(Box::new(move |state| {
+            http::serve(state, &settings, &pattern, &listener)
+        }));
     }
-    println!("workload {} {} started: token {}, {} MiB, pid {}", settings.name, settings.container, state.token, settings.mib, std::process::id());
+    println!(
+        "workload {} {} started: token {}, {} MiB, pid {}",
+        settings.name,
+        settings.container,
+        state.token,
+        settings.mib,
+        std::process::id()
+    );
     count(&state, &settings, &socket)
 }
 
@@ -74,14 +86,23 @@ fn count(state: &State, settings: &Settings, socket: &UdpSocket) -> ! {
     loop {
         let counter = state.counter.fetch_add(1, Ordering::Relaxed) + 1;
         if let Some(witness) = settings.witness {
-            let report = Report { name: settings.name.clone(), container: settings.container.clone(), token: state.token.clone(), counter };
+            let report = Report {
+                name: settings.name.clone(),
+                container: settings.container.clone(),
+                token: state.token.clone(),
+                counter,
+            };
             if socket.send_to(report.to_line().as_bytes(), witness).is_err() {
                 state.send_errors.fetch_add(1, Ordering::Relaxed);
             }
         }
         if last_line.elapsed() >= Duration::from_secs(1) {
             last_line = Instant::now();
-            println!("tick counter {counter} faults {} token {}", state.faults().len(), state.token);
+            println!(
+                "tick counter {counter} faults {} token {}",
+                state.faults().len(),
+                state.token
+            );
         }
         if last_beat.elapsed() > CLOCK_JUMP {
             state.fault(format!("the monotonic clock jumped by {:?}", last_beat.elapsed()));

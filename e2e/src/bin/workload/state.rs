@@ -6,7 +6,9 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 /// Everything that ticks, by name.
-pub(crate) const TICKERS: [&str; 9] = ["poll", "timerfd", "itimer", "condvar", "verify", "file", "shm", "loopback", "children"];
+pub(crate) const TICKERS: [&str; 9] = [
+    "poll", "timerfd", "itimer", "condvar", "verify", "file", "shm", "loopback", "children",
+];
 
 /// The most faults that are kept: the first ones tell the story.
 const MAX_FAULTS: usize = 20;
@@ -58,7 +60,12 @@ impl State {
 
     /// All that have ever ticked.
     pub(crate) fn tickers(&self) -> Vec<(&'static str, u64)> {
-        TICKERS.iter().zip(&self.tickers).map(|(name, beats)| (*name, beats.load(Ordering::Relaxed))).filter(|(_, beats)| *beats > 0).collect()
+        TICKERS
+            .iter()
+            .zip(&self.tickers)
+            .map(|(name, beats)| (*name, beats.load(Ordering::Relaxed)))
+            .filter(|(_, beats)| *beats > 0)
+            .collect()
     }
 
     /// Records something that must not happen.
@@ -80,11 +87,15 @@ impl State {
 /// 128 random bits in hexadecimal.
 pub(crate) fn random_token() -> Result<String, String> {
     let mut bytes = [0u8; 16];
-    std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)).map_err(|error| format!("cannot read /dev/urandom: {error}"))?;
+    std::fs::File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(|error| format!("cannot read /dev/urandom: {error}"))?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// A number made from a token.
 pub(crate) fn seed(token: &str) -> u64 {
-    token.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    token.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }

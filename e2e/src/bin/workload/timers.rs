@@ -23,7 +23,8 @@ pub(crate) fn block_signals() -> Result<SigSet, String> {
     for signal in [TIMER_SIGNAL, Signal::SIGTERM, Signal::SIGINT] {
         set.add(signal);
     }
-    set.thread_block().map_err(|error| format!("cannot block signals: {error}"))?;
+    set.thread_block()
+        .map_err(|error| format!("cannot block signals: {error}"))?;
     Ok(set)
 }
 
@@ -33,7 +34,10 @@ pub(crate) fn sleep(state: &State, who: &str, time: Duration) {
     let began = Instant::now();
     match clock_nanosleep(ClockId::CLOCK_MONOTONIC, ClockNanosleepFlags::empty(), &request) {
         Ok(_) if began.elapsed() + Duration::from_millis(1) < time => {
-            state.fault(format!("nanosleep of {who} ended after {:?} and not {time:?}", began.elapsed()));
+            state.fault(format!(
+                "nanosleep of {who} ended after {:?} and not {time:?}",
+                began.elapsed()
+            ));
         }
         Ok(_) => {}
         Err(error) => state.fault(format!("nanosleep of {who}: {error}")),
@@ -65,7 +69,10 @@ pub(crate) fn poll_loop(state: &State) {
 pub(crate) fn timerfd_loop(state: &State) {
     let timer = TimerFd::new(TimerFdClock::CLOCK_MONOTONIC, TimerFlags::empty()).and_then(|timer| {
         let period = TimeSpec::from_duration(Duration::from_millis(20));
-        timer.set(nix::sys::timer::Expiration::Interval(period), nix::sys::timer::TimerSetTimeFlags::empty())?;
+        timer.set(
+            nix::sys::timer::Expiration::Interval(period),
+            nix::sys::timer::TimerSetTimeFlags::empty(),
+        )?;
         Ok(timer)
     });
     let timer = match timer {
@@ -90,7 +97,10 @@ pub(crate) fn timerfd_loop(state: &State) {
 
 /// A timer of the process that fires every 20 ms, and the end of the program when it is told to end.
 pub(crate) fn signals(state: &State, set: &SigSet) {
-    let event = SigEvent::new(SigevNotify::SigevSignal { signal: TIMER_SIGNAL, si_value: 0 });
+    let event = SigEvent::new(SigevNotify::SigevSignal {
+        signal: TIMER_SIGNAL,
+        si_value: 0,
+    });
     let period = TimeSpec::from_duration(Duration::from_millis(20));
     let _timer = match Timer::new(ClockId::CLOCK_MONOTONIC, event) {
         Ok(mut timer) => match timer.set(Expiration::Interval(period), TimerSetTimeFlags::empty()) {
@@ -122,7 +132,9 @@ pub(crate) fn condvar_loop(state: &State) {
     let (lock, condition) = (Mutex::new(()), Condvar::new());
     loop {
         let guard = lock.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = condition.wait_timeout(guard, Duration::from_millis(30)).unwrap_or_else(PoisonError::into_inner);
+        let waited = condition
+            .wait_timeout(guard, Duration::from_millis(30))
+            .unwrap_or_else(PoisonError::into_inner);
         drop(waited);
         state.tick("condvar");
     }
