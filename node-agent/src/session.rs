@@ -120,6 +120,32 @@ impl Task {
         self.observed.changed().await.is_ok()
     }
 
+    /// The object as the API has it now; `None` when it is gone. A watch may deliver an event that is older than the end of
+    /// this node's own last session, and a session that began from it would touch what has been decided since. Repeated until
+    /// the API answers: without it nothing may begin.
+    async fn fresh(&self) -> Option<Arc<ProcessMigration>> {
+        let api: Api<ProcessMigration> = Api::namespaced(self.ctx.client.clone(), &self.whose.namespace);
+        loop {
+            match tokio::time::timeout(Duration::from_secs(5), api.get_opt(&self.whose.name)).await {
+                Ok(Ok(found)) => {
+                    return found
+                        .filter(|m| m.metadata.uid.as_deref() == Some(self.whose.uid.as_str()))
+                        .map(Arc::new);
+                }
+                Ok(Err(error)) => tracing::warn!(
+                    migration = self.whose.name,
+                    error = crate::error::chain(&error),
+                    "failed to read a migration before it begins"
+                ),
+                Err(_) => tracing::warn!(migration = self.whose.name, "the API does not answer"),
+            }
+            if self.seen().gone {
+                return None;
+            }
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
+    }
+
     /// Changes this node's half of the status, as soon as the object was seen.
     fn publish(&self, change: impl FnOnce(&mut Half)) {
         if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
@@ -523,6 +549,14 @@ fn remove_markers(alive: &[String]) {
             }
         }
     }
+}
+
+/// Writes an empty file that outlives a reboot.
+fn write_marker(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)?;
+    std::fs::File::create(path)?.sync_all()?;
+    std::fs::File::open(folder)?.sync_all()
 }
 
 fn start_publisher(

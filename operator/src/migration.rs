@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crds::ProcessMigration;
 use crds::condition::is_true;
-use crds::process_migration::cond;
+use crds::process_migration::{DecisionValue, cond};
 use jiff::{SignedDuration, Timestamp};
 use kube::ResourceExt;
 use kube::runtime::controller::Action;
@@ -32,7 +32,12 @@ const AFTER_CONFLICTS: Duration = Duration::from_millis(200);
 /// One pass.
 pub async fn reconcile(watched: Arc<ProcessMigration>, ctx: Arc<Context>) -> Result<Action, Error> {
     if !ctx.leads() {
-        return Ok(Action::await_change());
+        return match tokio::time::timeout(LONGEST, release(watched.clone(), &ctx)).await {
+            Ok(result) => result.map(|()| Action::await_change()),
+            Err(_) => Err(Error::Deadline {
+                migration: name(&watched),
+            }),
+        };
     }
     let begun = std::time::Instant::now();
     let result = match tokio::time::timeout(LONGEST, pass(watched.clone(), &ctx)).await {
@@ -61,6 +66,36 @@ pub fn after_error(migration: Arc<ProcessMigration>, error: &Error, _ctx: Arc<Co
         "a pass failed"
     );
     Action::requeue(Duration::from_secs(1))
+}
+
+/// What a replica that does not lead does: see [`crate::decide::Effects::of_any_replica`]. Only for a live move that is
+/// committed; nothing is written to the migration.
+async fn release(watched: Arc<ProcessMigration>, ctx: &Context) -> Result<(), Error> {
+    let mut migration = watched;
+    if !is_committed(&migration) || is_finished(&migration) {
+        return Ok(());
+    }
+    for _ in 0..ROUNDS {
+        let world = observe::observe(ctx, &migration, Learned::default()).await;
+        let effects = decide(&world).effects.of_any_replica();
+        if effects.is_empty() {
+            return Ok(());
+        }
+        act::act(ctx, &world, effects).await?;
+        match observe::read_again(ctx, &migration).await? {
+            Some(newest) => migration = newest,
+            None => return Ok(()),
+        }
+    }
+    Ok(())
+}
+
+fn is_committed(migration: &ProcessMigration) -> bool {
+    migration
+        .status
+        .as_ref()
+        .and_then(|status| status.decision.as_ref())
+        .is_some_and(|decision| decision.value == DecisionValue::Committed)
 }
 
 async fn pass(watched: Arc<ProcessMigration>, ctx: &Context) -> Result<Action, Error> {

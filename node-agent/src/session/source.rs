@@ -27,13 +27,13 @@ use protocol::{limits, migrate::FromSource};
 
 use self::{
     attempt::Attempt,
-    way_back::{clean_up, frozen, go_back, marker, write_marker},
+    way_back::{clean_up, frozen, go_back, marker},
 };
 use super::{
     Busy, Task,
     hand_over::{Decided, decided_in},
     ledger::{Failed, Ledger, blocking, millis},
-    open_ledger, remove_journal,
+    open_ledger, remove_journal, write_marker,
 };
 use crate::{
     checkpoint::{self, Room},
@@ -57,9 +57,18 @@ pub(super) async fn run(mut task: Task, recovered: Option<(Ledger, Start, Plan)>
         if seen.gone || seen.migration.as_deref().is_some_and(assignment::is_finished) {
             return;
         }
-        if let Some(migration) = seen.migration.filter(|m| assignment::source_begins(m, &task.ctx.node)) {
-            let _working = busy.begin();
-            return begin(&mut task, &migration).await;
+        if seen
+            .migration
+            .is_some_and(|m| assignment::source_begins(&m, &task.ctx.node))
+        {
+            let Some(migration) = task.fresh().await else { return };
+            if assignment::is_finished(&migration) {
+                return;
+            }
+            if assignment::source_begins(&migration, &task.ctx.node) {
+                let _working = busy.begin();
+                return begin(&mut task, &migration).await;
+            }
         }
         if !task.changed().await {
             return;

@@ -66,6 +66,18 @@ pub struct Effects {
 }
 
 impl Effects {
+    /// What every replica may do, leading or not: end a source that was released. A source node that crashes right after the
+    /// commit and takes the leader with it would else start the source anew as soon as its kubelet is back, long before
+    /// another replica leads. Both effects carry their preconditions, so that doing them twice is harmless.
+    #[must_use]
+    pub fn of_any_replica(self) -> Effects {
+        Effects {
+            hand_over: self.hand_over,
+            delete_source: self.delete_source,
+            ..Effects::default()
+        }
+    }
+
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -125,4 +137,32 @@ pub struct DeletePod {
     pub uid: String,
     /// Grace in seconds; absent: the pod's own. 0 removes the object without waiting for its kubelet.
     pub grace: Option<u32>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_that_does_not_lead_only_ends_a_released_source() {
+        let victim = DeletePod {
+            name: "p".to_owned(),
+            uid: "u".to_owned(),
+            grace: Some(0),
+        };
+        let all = Effects {
+            finalizer: Some(FinalizerChange::Remove),
+            open_decision: true,
+            abort: Some(Cause::new(Reason::PodDeleted, "gone")),
+            delete_source: Some(victim.clone()),
+            delete_target: Some(victim.clone()),
+            delete_migration: true,
+            ..Effects::default()
+        };
+        let expected = Effects {
+            delete_source: Some(victim),
+            ..Effects::default()
+        };
+        assert_eq!(all.of_any_replica(), expected);
+    }
 }

@@ -25,11 +25,12 @@ use super::super::{
     Task,
     hand_over::{Decided, Decisions, decided_in},
     ledger::{Failed, Ledger, blocking, millis},
+    write_marker,
 };
 use super::{
     Brief,
     checkpointing::{Maxima, reserve, send_metadata, send_pages, sending},
-    way_back::{marker, write_marker},
+    way_back::marker,
 };
 use crate::{
     checkpoint::{self, Dump, Room},

@@ -121,13 +121,6 @@ pub(super) fn remove_marker(path: &Path) -> Result<(), Failed> {
     }
 }
 
-pub(super) fn write_marker(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    fs::create_dir_all(folder)?;
-    fs::File::create(path)?.sync_all()?;
-    fs::File::open(folder)?.sync_all()
-}
-
 /// Removes everything that the session made on the host.
 pub(super) async fn clean_up(ledger: &Ledger, start: &Start) {
     let (room, marker) = (Room::of(&start.uid), marker(start));

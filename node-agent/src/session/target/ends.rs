@@ -5,7 +5,7 @@ use std::{
     fs,
     net::IpAddr,
     os::fd::AsFd as _,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -16,7 +16,7 @@ use crds::{
 };
 use hostsys::{addresses, cgroup::Cgroup};
 use protocol::{
-    hand_off::{Request, State},
+    hand_off::{COMMITTED_DIR, Request, State},
     limits,
     migrate::FromTarget,
 };
@@ -26,7 +26,7 @@ use super::super::{
     Task,
     hand_over::{Decided, decided_in},
     ledger::{Failed, Ledger, blocking, millis},
-    remove_journal, shepherds,
+    remove_journal, shepherds, write_marker,
 };
 use super::publish_failure;
 use crate::{
@@ -38,6 +38,8 @@ use crate::{
 
 /// For a shepherd's answer to anything but a restore.
 const ANSWER: Duration = Duration::from_secs(10);
+/// Between two tries to write a marker.
+const AGAIN: Duration = Duration::from_millis(500);
 /// For the end of killed processes.
 const KILL: Duration = Duration::from_secs(20);
 
@@ -110,6 +112,19 @@ pub(super) async fn runs(
                 "a shepherd did not hear of the commit"
             ),
         }
+    }
+    // The shepherds write it too, but not where the machine lost its power in between: without it the wrapper would refuse
+    // every later start of this pod, which is the only one now.
+    let marker = Path::new(COMMITTED_DIR).join(&start.pod_uid);
+    // Not a step of its own: it is idempotent, and a restart comes here again until the journal is settled.
+    loop {
+        let path = marker.clone();
+        match blocking(move || write_marker(&path)).await {
+            Ok(Ok(())) => break,
+            Ok(Err(error)) => tracing::error!(%error, "failed to mark a pod as committed; trying again"),
+            Err(error) => tracing::error!(%error, "failed to mark a pod as committed; trying again"),
+        }
+        tokio::time::sleep(AGAIN).await;
     }
     task.publish(|half| {
         half.target.step = None;
