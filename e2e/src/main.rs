@@ -60,15 +60,32 @@ enum Command {
 
 fn main() -> ExitCode {
     // Parsed by hand: what follows is a command of someone else, with `--` and flags of its own.
-    let args: Vec<String> = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let args: Vec<String> = std::env::args_os()
+        .skip(1)
+        .map(|arg| arg.to_string_lossy().into_owned())
+        .collect();
     let result = match args.split_first() {
         Some((word, rest)) if word == "internal" => cluster::internal(rest),
         _ => match Command::parse() {
             Command::Cluster(verb) => cluster::run(verb),
             Command::Demo(settings) => demo::run(settings),
             Command::Bench(settings) => bench::run(&settings),
-            Command::Scenarios { only, list, any_cluster } => scenario::run(&scenario::Settings { only, list, any_cluster })
-                .map(|outcome| if outcome.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }),
+            Command::Scenarios {
+                only,
+                list,
+                any_cluster,
+            } => scenario::run(&scenario::Settings {
+                only,
+                list,
+                any_cluster,
+            })
+            .map(|outcome| {
+                if outcome.failed == 0 {
+                    ExitCode::SUCCESS
+                } else {
+                    ExitCode::FAILURE
+                }
+            }),
             Command::Pest { address, case } => scenario::pest(address, &case).map(|()| ExitCode::SUCCESS),
             Command::ApiServer { argv } => api_server::run(&argv),
             Command::Witness { listen, socket } => {

@@ -41,22 +41,44 @@ pub struct Scenario {
 impl Scenario {
     /// A scenario that runs on any cluster.
     fn new(name: impl Into<String>, play: fn(&Stage, &str) -> Result<()>) -> Self {
-        Self { name: name.into(), needs_own_cluster: false, limit: Duration::from_secs(180), play, case: String::new() }
+        Self {
+            name: name.into(),
+            needs_own_cluster: false,
+            limit: Duration::from_secs(180),
+            play,
+            case: String::new(),
+        }
     }
 
     /// The case that is given to `play`.
     fn case(self, case: impl Into<String>) -> Self {
-        Self { case: case.into(), ..self }
+        Self {
+            case: case.into(),
+            ..self
+        }
     }
 
     /// It breaks nodes.
     fn own_cluster(self) -> Self {
-        Self { needs_own_cluster: true, ..self }
+        Self {
+            needs_own_cluster: true,
+            ..self
+        }
     }
 }
 
 /// All of them, in the order in which they are played.
 #[must_use]
 pub fn all() -> Vec<Scenario> {
-    [plain_moves::scenarios(), refusals::scenarios(), policies::scenarios(), cancel::scenarios(), crashes::scenarios(), steps::scenarios(), hostile::scenarios(), lifecycle::scenarios()].concat()
+    [
+        plain_moves::scenarios(),
+        refusals::scenarios(),
+        policies::scenarios(),
+        cancel::scenarios(),
+        crashes::scenarios(),
+        steps::scenarios(),
+        hostile::scenarios(),
+        lifecycle::scenarios(),
+    ]
+    .concat()
 }
