@@ -23,6 +23,8 @@ pub struct Settings {
     pub list: bool,
     /// On the cluster of `KUBECONFIG`.
     pub any_cluster: bool,
+    /// The long enumerations as well.
+    pub long: bool,
 }
 
 /// How many ended in which way.
@@ -64,6 +66,14 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
         if scenario.needs_own_cluster && !stage.is_own() {
             println!(
                 "skipped {}: it breaks nodes, which only the cluster of `cargo xtask cluster` allows",
+                scenario.name
+            );
+            outcome.skipped += 1;
+            continue;
+        }
+        if scenario.long && settings.only.is_empty() && !settings.long {
+            println!(
+                "skipped {}: a long enumeration, played by `cargo xtask scenarios --long` or by its name",
                 scenario.name
             );
             outcome.skipped += 1;

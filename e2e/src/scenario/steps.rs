@@ -136,6 +136,9 @@ fn one_fault(stage: &Stage, subject: &mut Subject, step: Step, when: &str, actio
     }
     route.arm(stage, step, when, action)?;
     let migration = Move::create(stage, &subject.pod, Some(&route.target), &json!({}))?;
+    if action == "kill" {
+        fresh_agent(stage, &route, step.role(), &migration)?;
+    }
     let result = migration
         .wait(stage, "settled", SETTLED, is_settled)
         .and_then(|settled| end(stage, subject, &settled));
