@@ -27,6 +27,9 @@ enum Command {
         /// On the cluster of KUBECONFIG, without faults of nodes
         #[arg(long)]
         any_cluster: bool,
+        /// Play the long enumerations as well
+        #[arg(long)]
+        long: bool,
     },
     /// Talk nonsense to an agent
     #[command(hide = true)]
@@ -74,10 +77,12 @@ fn main() -> ExitCode {
                 only,
                 list,
                 any_cluster,
+                long,
             } => scenario::run(&scenario::Settings {
                 only,
                 list,
                 any_cluster,
+                long,
             })
             .map(|outcome| {
                 if outcome.failed == 0 {

@@ -30,6 +30,8 @@ pub struct Scenario {
     pub name: String,
     /// Whether nodes are broken: only possible on our own cluster.
     pub needs_own_cluster: bool,
+    /// Part of an enumeration that takes longer than the gate may: played on request only.
+    pub long: bool,
     /// How long it may take.
     pub limit: Duration,
     /// What it does.
@@ -44,6 +46,7 @@ impl Scenario {
         Self {
             name: name.into(),
             needs_own_cluster: false,
+            long: false,
             limit: Duration::from_secs(180),
             play,
             case: String::new(),
@@ -56,6 +59,11 @@ impl Scenario {
             case: case.into(),
             ..self
         }
+    }
+
+    /// It is played on request only.
+    fn long(self) -> Self {
+        Self { long: true, ..self }
     }
 
     /// It breaks nodes.
@@ -76,7 +84,7 @@ pub fn all() -> Vec<Scenario> {
         policies::scenarios(),
         cancel::scenarios(),
         crashes::scenarios(),
-        steps::scenarios(),
+        steps::scenarios().into_iter().map(Scenario::long).collect(),
         hostile::scenarios(),
         lifecycle::scenarios(),
     ]

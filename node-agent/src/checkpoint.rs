@@ -198,6 +198,9 @@ impl Dump {
             .arg("--work-path")
             .arg(&self.work)
             .args(["--ext-unix-sk", "--file-locks", "--manage-cgroups-mode", "ignore"])
+            // A connection that the program has not accepted yet cannot be dumped. It comes from outside, and the pod has
+            // another address afterwards: it ends like the established ones, instead of failing the whole move.
+            .arg("--tcp-skip-in-flight")
             .env("PATH", format!("{}:{path}", settings.libexec))
             .env("CRIU_CONFIG_FILE", &config)
             .cgroup(&self.cgroup)
