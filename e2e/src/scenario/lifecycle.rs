@@ -67,11 +67,11 @@ fn upgrade(stage: &Stage, _: &str) -> Result<()> {
     subject.remove(stage)
 }
 
-/// What the installation put on a node, a line each.
+/// What the installation put on a node, a line each. /var/lib/peregrine itself is a disk of our machines.
 const INSTALLED: &str = r"
 for f in /opt/peregrine /var/lib/peregrine /run/peregrine; do [ -e $f ] && find $f -type f; done
 grep -rl peregrine /etc/containerd 2>/dev/null
-grep peregrine /proc/self/mounts
+awk '$2 ~ /^\/(run|opt|var\/lib)\/peregrine\// ' /proc/self/mounts
 true";
 
 fn uninstall_idle(stage: &Stage, _: &str) -> Result<()> {
