@@ -146,6 +146,25 @@ impl Task {
         }
     }
 
+    /// Waits until this node is to begin, by what the watch says and then by what is stored; `None`: it never will be.
+    async fn until_begins(&mut self, begins: fn(&ProcessMigration, &str) -> bool) -> Option<Arc<ProcessMigration>> {
+        loop {
+            let seen = self.seen();
+            if seen.gone || seen.migration.as_deref().is_some_and(assignment::is_finished) {
+                return None;
+            }
+            if seen.migration.is_some_and(|m| begins(&m, &self.ctx.node)) {
+                let stored = self.fresh().await.filter(|m| !assignment::is_finished(m))?;
+                if begins(&stored, &self.ctx.node) {
+                    return Some(stored);
+                }
+            }
+            if !self.changed().await {
+                return None;
+            }
+        }
+    }
+
     /// Changes this node's half of the status, as soon as the object was seen.
     fn publish(&self, change: impl FnOnce(&mut Half)) {
         if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {

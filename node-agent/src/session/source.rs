@@ -52,27 +52,9 @@ pub(super) async fn run(mut task: Task, recovered: Option<(Ledger, Start, Plan)>
         let _working = busy.begin();
         return recover(&mut task, &ledger, &start, plan).await;
     }
-    loop {
-        let seen = task.seen();
-        if seen.gone || seen.migration.as_deref().is_some_and(assignment::is_finished) {
-            return;
-        }
-        if seen
-            .migration
-            .is_some_and(|m| assignment::source_begins(&m, &task.ctx.node))
-        {
-            let Some(migration) = task.fresh().await else { return };
-            if assignment::is_finished(&migration) {
-                return;
-            }
-            if assignment::source_begins(&migration, &task.ctx.node) {
-                let _working = busy.begin();
-                return begin(&mut task, &migration).await;
-            }
-        }
-        if !task.changed().await {
-            return;
-        }
+    if let Some(migration) = task.until_begins(assignment::source_begins).await {
+        let _working = busy.begin();
+        begin(&mut task, &migration).await;
     }
 }
 
