@@ -7,6 +7,7 @@
 //! | [`migrate`] | the agents of the two nodes of a migration |
 //! | [`frame`], [`version`], [`limits`], [`raw`] | what that is made of |
 //! | [`criu_errors`] | (words only) what CRIU's log says, as one sentence for users |
+//! | [`store_index`] | agent -> pager, on one node: what a page store holds |
 //! | [`sealed`] | the form of every file of ours: magic, version, body, checksum |
 
 pub mod criu_errors;
@@ -16,4 +17,5 @@ pub mod limits;
 pub mod migrate;
 pub mod raw;
 pub mod sealed;
+pub mod store_index;
 pub mod version;
