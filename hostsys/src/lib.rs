@@ -12,10 +12,12 @@
 //! | [`nft`] | the packet hold |
 //! | [`inet_diag`] | TCP and UDP sockets; the end of one |
 //! | [`addresses`] | addresses of a network namespace |
+//! | [`pagemap`] | which pages of a process are there, and which were written |
 //! | [`perf`] | the held perf event |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
 //! | [`descriptor`] | what an open file is |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
+//! | [`userfaultfd`] | one of another process, made by ptrace |
 
 pub mod addresses;
 pub mod beneath;
@@ -27,7 +29,9 @@ pub mod kernel_features;
 pub mod namespace;
 pub mod nft;
 pub mod node_namespaces;
+pub mod pagemap;
 pub mod perf;
 pub mod program;
 pub mod ptrace;
 pub mod sock_diag;
+pub mod userfaultfd;
