@@ -16,6 +16,9 @@
 //! | [`perf`] | the held perf event |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
 //! | [`descriptor`] | what an open file is |
+//! | [`missing_pages`] | missing pages of other processes |
+//! | [`kin`], [`shared_words`] | processes that share descriptors and a little memory |
+//! | [`rights`] | descriptors sent over sockets |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
 //! | [`userfaultfd`] | one of another process, made by ptrace |
 
@@ -26,6 +29,8 @@ pub mod cpu;
 pub mod descriptor;
 pub mod inet_diag;
 pub mod kernel_features;
+pub mod kin;
+pub mod missing_pages;
 pub mod namespace;
 pub mod nft;
 pub mod node_namespaces;
@@ -33,5 +38,7 @@ pub mod pagemap;
 pub mod perf;
 pub mod program;
 pub mod ptrace;
+pub mod rights;
+pub mod shared_words;
 pub mod sock_diag;
 pub mod userfaultfd;
