@@ -41,6 +41,7 @@ pub mod folder;
 pub mod hand_off;
 pub mod hold;
 pub mod multipath;
+pub mod pager;
 pub mod restore;
 pub mod run;
 pub mod settings;
