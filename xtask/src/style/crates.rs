@@ -46,6 +46,12 @@ const RULES: &[Rule] = &[
         ours: &[],
         never: NETWORK,
     },
+    // Knows no Kubernetes and no network.
+    Rule {
+        name: "memory",
+        ours: &["protocol", "hostsys"],
+        never: NETWORK,
+    },
     // Static, small, no network.
     Rule {
         name: "runtime",
@@ -54,7 +60,7 @@ const RULES: &[Rule] = &[
     },
     Rule {
         name: "node-agent",
-        ours: &["crds", "protocol", "hostsys"],
+        ours: &["crds", "protocol", "hostsys", "memory"],
         never: &["anyhow"],
     },
     // No host rights.

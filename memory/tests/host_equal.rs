@@ -1,0 +1,283 @@
+//! Byte for byte: what the store has of processes that ran while they were copied, against their memory when they stand
+//! still. Needs root, WP_ASYNC and python3; skipped, with the reason, without them.
+
+use std::{
+    fs::{self, File},
+    io::{BufRead as _, BufReader},
+    os::unix::{fs::FileExt as _, process::CommandExt as _},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use hostsys::pagemap::{Pagemap, TRACKED};
+use memory::{
+    areas, page_size,
+    ranges::Ranges,
+    store::Store,
+    tracker::{Member, Round, Tracker},
+};
+use nix::{
+    sys::signal::{Signal, kill, killpg},
+    unistd::Pid,
+};
+use protocol::store_index::{StoreIndex, index_file, pages_file};
+
+/// A process group of its own, killed in the end.
+struct Workload(Child);
+
+impl Workload {
+    fn start(program: &str, arguments: &[&str]) -> Option<Self> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: not root");
+            return None;
+        }
+        let started = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .process_group(0)
+            .spawn();
+        let mut child = match started {
+            Ok(child) => child,
+            Err(error) => {
+                eprintln!("SKIPPED: {program}: {error}");
+                return None;
+            }
+        };
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), "ready");
+        Some(Self(child))
+    }
+
+    fn writer(seed: u32, forks: bool) -> Option<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/writer.py");
+        let seed = seed.to_string();
+        let mut arguments = vec![script.to_str().unwrap(), &seed];
+        if forks {
+            arguments.push("forks");
+        }
+        Self::start("python3", &arguments)
+    }
+
+    fn group(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+
+    /// Processes of the group that are not zombies, with their states.
+    fn processes(&self) -> Vec<(i32, char)> {
+        let of = |pid: i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            let mut rest = stat.rsplit_once(") ")?.1.split(' ');
+            let state = rest.next()?.chars().next()?;
+            let group: i32 = rest.nth(1)?.parse().ok()?;
+            (group == self.group() && state != 'Z' && state != 'X').then_some((pid, state))
+        };
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+        pids.filter_map(of).collect()
+    }
+
+    fn members(&self) -> Vec<Member> {
+        let processes = self.processes().into_iter();
+        processes.map(|(pid, _)| Member { pid, container: 0 }).collect()
+    }
+
+    fn stop(&self) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            killpg(Pid::from_raw(self.group()), Signal::SIGSTOP).unwrap();
+            let before = self.processes();
+            if before.iter().all(|p| p.1 == 'T') && before == self.processes() {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{before:?}");
+        }
+    }
+
+    fn go_on(&self) {
+        killpg(Pid::from_raw(self.group()), Signal::SIGCONT).unwrap();
+    }
+}
+
+impl Drop for Workload {
+    fn drop(&mut self) {
+        let _ = killpg(Pid::from_raw(self.group()), Signal::SIGKILL);
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder in a memory file system.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = PathBuf::from(format!("/dev/shm/peregrine-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Compares the store of a process with its memory; gives the bytes that were equal.
+fn compare(store: &Path, pid: i32) -> u64 {
+    let vpid = areas::vpid(pid).unwrap();
+    let index = StoreIndex::parse(&fs::read(store.join(index_file(vpid))).unwrap()).unwrap();
+    let pages = File::open(store.join(pages_file(vpid))).unwrap();
+    let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
+    let look = areas::look(pid).unwrap();
+    // As sets: mappings that are tracked for the first time may become one with their neighbours.
+    let set = |areas: &[std::ops::Range<u64>]| areas.iter().cloned().collect::<Ranges>();
+    assert_eq!(set(&index.areas), set(&look.areas), "all that can be tracked is tracked");
+    let mut map = Pagemap::of(pid).unwrap();
+    let mut found = Vec::new();
+    for area in &look.areas {
+        map.held(area.start, area.end, &mut found).unwrap();
+    }
+    assert!(found.iter().all(|r| r.flags & TRACKED != 0));
+    // What CRIU must take: not tracked, or it would be missing.
+    let mut others = Vec::new();
+    for area in &look.locked {
+        map.held(area.start, area.end, &mut others).unwrap();
+    }
+    assert!(others.iter().all(|r| r.flags & TRACKED == 0), "{others:x?}");
+    let held: Ranges = found.iter().map(|r| r.start..r.end).collect();
+    let runs = set(&index.runs);
+    assert!(runs.subtract(&held).is_empty(), "the store has what the process has not");
+    let size = usize::try_from(page_size()).unwrap();
+    let (mut ours, mut theirs) = (vec![0; size], vec![0; size]);
+    let mut equal = 0;
+    for range in held.as_slice() {
+        for at in (range.start..range.end).step_by(size) {
+            memory.read_exact_at(&mut theirs, at).unwrap();
+            let here = runs.intersect(&std::iter::once(at..at + page_size()).collect());
+            if here.is_empty() {
+                ours.fill(0);
+            } else {
+                // The last pages of the file may be a hole behind its end: none of the store's runs are.
+                pages.read_exact_at(&mut ours, at).unwrap();
+            }
+            assert!(ours == theirs, "page {at:#x} of process {pid} differs");
+            equal += page_size();
+        }
+    }
+    equal
+}
+
+fn no_wp_async(tracker: &Tracker) -> bool {
+    let refused = tracker.untracked().values().find(|u| u.to_string().contains("WP_ASYNC"));
+    if let Some(why) = refused {
+        eprintln!("SKIPPED: {why}");
+    }
+    refused.is_some()
+}
+
+/// Copies a workload in rounds and compares; gives the last round, or none where this cannot be tried here.
+fn copy_and_compare(workload: &Workload, name: &str, rounds: u32, streams: usize) -> Option<Round> {
+    let folder = Folder::new(name);
+    let store = Store::receive(&folder.0.join("in")).unwrap();
+    let mut sinks = vec![store.clone(); streams];
+    let mut tracker = Tracker::new();
+    for number in 0..rounds {
+        let started = Instant::now();
+        let round = tracker.round(&workload.members(), &mut sinks).unwrap();
+        if no_wp_async(&tracker) {
+            return None;
+        }
+        eprintln!("{name} {number}: {round:?}");
+        while started.elapsed() < Duration::from_millis(60) {
+            std::thread::yield_now();
+        }
+    }
+    workload.stop();
+    let started = Instant::now();
+    let members = workload.members();
+    tracker.settle(&members).unwrap();
+    let round = tracker.last_round(&mut sinks).unwrap();
+    eprintln!("{name} frozen: {round:?} in {:?}, longest stop {:?}", started.elapsed(), tracker.longest_stop());
+    let finals = tracker.finals();
+    store.finish(&finals, |_| folder.0.join("store")).unwrap();
+    let mut equal = 0;
+    for member in &members {
+        match tracker.untracked().get(&member.pid) {
+            Some(why) => eprintln!("{name}: process {} is left to CRIU: {why}", member.pid),
+            None => equal += compare(&folder.0.join("store"), member.pid),
+        }
+    }
+    assert!(tracker.spaces().count() > 0 && equal > 0);
+    eprintln!("{name}: {} KiB of {} processes equal", equal / 1024, members.len());
+    let files = fs::read_dir(folder.0.join("in")).unwrap().count();
+    assert_eq!(files, 0, "what is not needed is removed");
+    drop(tracker);
+    workload.go_on();
+    Some(round)
+}
+
+#[test]
+fn host_random_memory_operations_are_copied_exactly() {
+    for seed in 0..6 {
+        let Some(workload) = Workload::writer(seed, false) else { return };
+        for again in 0..3 {
+            let name = format!("random-{seed}-{again}");
+            if copy_and_compare(&workload, &name, 5, 1 + again).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn host_forks_and_programs_that_become_others_are_copied_exactly() {
+    for seed in 100..104 {
+        let Some(workload) = Workload::writer(seed, true) else { return };
+        for again in 0..3 {
+            if copy_and_compare(&workload, &format!("forks-{seed}-{again}"), 5, 2).is_none() {
+                return;
+            }
+        }
+    }
+}
+
+#[test]
+fn host_a_workload_outlives_its_tracker() {
+    let Some(workload) = Workload::writer(7, false) else { return };
+    let folder = Folder::new("outlives");
+    let mut sinks = [Store::receive(&folder.0).unwrap()];
+    let mut tracker = Tracker::new();
+    for _ in 0..3 {
+        tracker.round(&workload.members(), &mut sinks).unwrap();
+        if no_wp_async(&tracker) {
+            return;
+        }
+    }
+    drop(tracker);
+    let pid = workload.group();
+    let tracked = || {
+        let mut map = Pagemap::of(pid).unwrap();
+        let mut found = Vec::new();
+        for area in areas::look(pid).unwrap().areas {
+            map.held(area.start, area.end, &mut found).unwrap();
+        }
+        found.iter().any(|r| r.flags & TRACKED != 0)
+    };
+    assert!(!tracked());
+    let time = || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    };
+    let before = time();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while time() < before + 5 {
+        assert!(Instant::now() < deadline, "it does not run");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    assert!(kill(Pid::from_raw(pid), None).is_ok());
+}
