@@ -130,6 +130,8 @@ def run(what):
             time.sleep(0.001)
 
 
+# CRIU dumps whole sessions.
+os.setsid()
 sys.setrecursionlimit(5000)
 for _ in range(8):
     new()

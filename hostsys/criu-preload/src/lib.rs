@@ -1,6 +1,9 @@
-//! Preloaded into CRIU on machines where it lacks CAP_SYS_RESOURCE: answers its question for another user's limits.
+//! Preloaded into CRIU, for two things that it cannot do by itself. Each is off unless it is needed.
 //!
-//! CRIU asks by `syscall(SYS_prlimit64, pid, resource, NULL, &old)`. Without the capability the kernel answers EPERM for a
+//! The first: on machines where CRIU lacks CAP_SYS_RESOURCE, its question for another user's limits is answered. The second:
+//! memory that the agent tracks and copies itself is left out of the images, see [`tracked`].
+//!
+//! CRIU asks for limits by `syscall(SYS_prlimit64, pid, resource, NULL, &old)`. Without the capability the kernel answers EPERM for a
 //! process of another uid, so no container that runs as an ordinary user could be dumped. `/proc/PID/limits` says the same to
 //! root without it. Only that one refused question is answered from there; every other call is made as it came, and whatever
 //! is not understood stays EPERM.
@@ -12,10 +15,11 @@
 
 #![cfg_attr(not(test), no_std)]
 
-use core::ffi::{c_int, c_long, c_void};
+use core::ffi::{c_int, c_long, c_ulong, c_void};
 
 mod limits;
 mod raw;
+mod tracked;
 
 #[cfg(not(test))]
 #[panic_handler]
@@ -62,6 +66,21 @@ pub unsafe extern "C" fn syscall(
         }
         result = 0;
     }
+    as_libc(result)
+}
+
+/// Stands for libc's `ioctl`. Its third argument is optional there; here it is whatever the register holds, as in libc.
+///
+/// # Safety
+/// As for ioctl(2).
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_void) -> c_int {
+    // SAFETY: passed on as the caller gave it.
+    as_libc(unsafe { tracked::ioctl(fd, request, argument) }) as c_int
+}
+
+/// The kernel's result in libc's form.
+fn as_libc(result: c_long) -> c_long {
     if (-4095..0).contains(&result) {
         // SAFETY: libc's own place of errno for this thread.
         unsafe { *__errno_location() = -result as c_int };

@@ -1,12 +1,10 @@
 //! Byte for byte: what the store has of processes that ran while they were copied, against their memory when they stand
-//! still. Needs root, WP_ASYNC and python3; skipped, with the reason, without them.
+//! still.
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader},
-    os::unix::{fs::FileExt as _, process::CommandExt as _},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    os::unix::fs::FileExt as _,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -15,116 +13,12 @@ use memory::{
     areas, page_size,
     ranges::Ranges,
     store::Store,
-    tracker::{Member, Round, Tracker},
+    tracker::{Round, Tracker},
 };
-use nix::{
-    sys::signal::{Signal, kill, killpg},
-    unistd::Pid,
-};
+use nix::{sys::signal::kill, unistd::Pid};
 use protocol::store_index::{StoreIndex, index_file, pages_file};
 
-/// A process group of its own, killed in the end.
-struct Workload(Child);
-
-impl Workload {
-    fn start(program: &str, arguments: &[&str]) -> Option<Self> {
-        if !nix::unistd::geteuid().is_root() {
-            eprintln!("SKIPPED: not root");
-            return None;
-        }
-        let started = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .process_group(0)
-            .spawn();
-        let mut child = match started {
-            Ok(child) => child,
-            Err(error) => {
-                eprintln!("SKIPPED: {program}: {error}");
-                return None;
-            }
-        };
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line.trim(), "ready");
-        Some(Self(child))
-    }
-
-    fn writer(seed: u32, forks: bool) -> Option<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/writer.py");
-        let seed = seed.to_string();
-        let mut arguments = vec![script.to_str().unwrap(), &seed];
-        if forks {
-            arguments.push("forks");
-        }
-        Self::start("python3", &arguments)
-    }
-
-    fn group(&self) -> i32 {
-        self.0.id().cast_signed()
-    }
-
-    /// Processes of the group that are not zombies, with their states.
-    fn processes(&self) -> Vec<(i32, char)> {
-        let of = |pid: i32| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            let mut rest = stat.rsplit_once(") ")?.1.split(' ');
-            let state = rest.next()?.chars().next()?;
-            let group: i32 = rest.nth(1)?.parse().ok()?;
-            (group == self.group() && state != 'Z' && state != 'X').then_some((pid, state))
-        };
-        let entries = fs::read_dir("/proc").unwrap().flatten();
-        let pids = entries.filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
-        pids.filter_map(of).collect()
-    }
-
-    fn members(&self) -> Vec<Member> {
-        let processes = self.processes().into_iter();
-        processes.map(|(pid, _)| Member { pid, container: 0 }).collect()
-    }
-
-    fn stop(&self) {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        loop {
-            killpg(Pid::from_raw(self.group()), Signal::SIGSTOP).unwrap();
-            let before = self.processes();
-            if before.iter().all(|p| p.1 == 'T') && before == self.processes() {
-                return;
-            }
-            assert!(Instant::now() < deadline, "{before:?}");
-        }
-    }
-
-    fn go_on(&self) {
-        killpg(Pid::from_raw(self.group()), Signal::SIGCONT).unwrap();
-    }
-}
-
-impl Drop for Workload {
-    fn drop(&mut self) {
-        let _ = killpg(Pid::from_raw(self.group()), Signal::SIGKILL);
-        let _ = self.0.wait();
-    }
-}
-
-/// A folder in a memory file system.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = PathBuf::from(format!("/dev/shm/peregrine-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).unwrap();
-        Self(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
+use crate::workload::{Folder, Workload, no_wp_async};
 
 /// Compares the store of a process with its memory; gives the bytes that were equal.
 fn compare(store: &Path, pid: i32) -> u64 {
@@ -169,14 +63,6 @@ fn compare(store: &Path, pid: i32) -> u64 {
         }
     }
     equal
-}
-
-fn no_wp_async(tracker: &Tracker) -> bool {
-    let refused = tracker.untracked().values().find(|u| u.to_string().contains("WP_ASYNC"));
-    if let Some(why) = refused {
-        eprintln!("SKIPPED: {why}");
-    }
-    refused.is_some()
 }
 
 /// Copies a workload in rounds and compares; gives the last round, or none where this cannot be tried here.
@@ -268,14 +154,9 @@ fn host_a_workload_outlives_its_tracker() {
         found.iter().any(|r| r.flags & TRACKED != 0)
     };
     assert!(!tracked());
-    let time = || {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-        let fields: Vec<_> = stat.rsplit_once(") ").unwrap().1.split(' ').collect();
-        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
-    };
-    let before = time();
+    let before = workload.time();
     let deadline = Instant::now() + Duration::from_secs(20);
-    while time() < before + 5 {
+    while workload.time() < before + 5 {
         assert!(Instant::now() < deadline, "it does not run");
         std::thread::sleep(Duration::from_millis(20));
     }

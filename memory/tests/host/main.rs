@@ -1,0 +1,6 @@
+//! The memory of real processes: copied while they run, compared when they stand still, left out of CRIU's images, restored.
+//! Needs root, a kernel with WP_ASYNC, python3, and CRIU for some; skipped, with the reason, without them.
+
+mod criu;
+mod equal;
+mod workload;
