@@ -18,6 +18,7 @@
 //! | [`descriptor`] | what an open file is |
 //! | [`missing_pages`] | missing pages of other processes |
 //! | [`kin`], [`shared_words`] | processes that share descriptors and a little memory |
+//! | [`own_memory`] | what programs do to their memory, for test programs |
 //! | [`rights`] | descriptors sent over sockets |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
 //! | [`userfaultfd`] | one of another process, made by ptrace |
@@ -34,6 +35,7 @@ pub mod missing_pages;
 pub mod namespace;
 pub mod nft;
 pub mod node_namespaces;
+pub mod own_memory;
 pub mod pagemap;
 pub mod perf;
 pub mod program;

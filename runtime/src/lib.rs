@@ -26,6 +26,7 @@
 //! | [`shepherd`] | stands for a container until and after its restore |
 //! | [`restore`] | `runc restore` by the hand-off alone |
 //! | [`hold`] | run by CRIU as action script: leaves the restored tree frozen |
+//! | [`pager`] | puts a restored pod's memory in place while the pod runs |
 //! | [`criu`] | stands before CRIU in PATH |
 //! | [`multipath`] | switches Multipath TCP off in a sandbox |
 //! | [`complain`] | errors as containerd and users read them |

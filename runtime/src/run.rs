@@ -13,7 +13,7 @@ use crate::complain::{self, sentence};
 use crate::folder::Folder;
 use crate::spec::Spec;
 use crate::verdict::{self, CreateVerdict, Creation, Verdict};
-use crate::{create, criu, hand_off, hold, multipath, settings, shepherd};
+use crate::{create, criu, hand_off, hold, multipath, pager, settings, shepherd};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -37,6 +37,7 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
             }
         },
         Some(create::SHEPHERD) => stand(rest),
+        Some(pager::NAME) => pager::run(rest),
         _ => call(rest),
     }
 }
