@@ -7,6 +7,7 @@
 //! | [`space`] | one tracked address space |
 //! | [`tracker`] | all processes of a pod |
 //! | [`copier`] | reads pages, gives batches |
+//! | [`images`] | what a restore with pages from a store needs of CRIU's images |
 //! | [`store`] | the target's store of pages |
 //! | [`converge`] | when to stop copying and freeze |
 //!
@@ -17,6 +18,7 @@
 pub mod areas;
 pub mod converge;
 pub mod copier;
+pub mod images;
 pub mod ranges;
 pub mod space;
 pub mod store;
