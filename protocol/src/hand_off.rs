@@ -138,6 +138,9 @@ pub enum Request {
         images: String,
         /// Folder for CRIU's log and statistics.
         work: String,
+        /// Memory comes from a pager that listens in `work`, while the container runs already.
+        #[serde(default)]
+        lazy: bool,
     },
     /// Ends everything of this container, restored or not. Refused (answered with the state) once the agent has
     /// declared it [`Request::Committed`].

@@ -24,7 +24,7 @@ pub mod serve;
 pub mod space;
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -106,7 +106,7 @@ impl Stage {
 
     /// Keeps what went wrong; the first counts.
     pub fn note(&self, message: &str) {
-        eprintln!("peregrine pager: {message}");
+        say(message);
         if self.noted().is_empty() {
             let _ = self.folder.write(NOTE, message.as_bytes());
         }
@@ -119,18 +119,23 @@ impl Stage {
     }
 }
 
+/// Standard error is the agent's, who may be dead: that is no reason to end.
+fn say(message: &str) {
+    let _ = writeln!(io::stderr(), "peregrine pager: {message}");
+}
+
 /// The program.
 #[must_use]
 pub fn run(arguments: &[OsString]) -> ExitCode {
     let Some(folder) = arguments.first() else {
-        eprintln!("peregrine pager: no folder is named");
+        say("no folder is named");
         return ExitCode::FAILURE;
     };
     match guardian::stand(&Folder::at(folder.into())) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("peregrine pager: {}", sentence(&error));
+            say(&sentence(&error));
             ExitCode::FAILURE
         }
     }

@@ -19,17 +19,17 @@ const MAX_LOG: u64 = 8 * 1024 * 1024;
 ///
 /// # Errors
 /// It could not be started.
-pub fn start(folder: &Folder, start: &Start, images: &str, work: &str) -> Result<i32, program::Error> {
+pub fn start(folder: &Folder, start: &Start, images: &str, work: &str, lazy: bool) -> Result<i32, program::Error> {
     // Of an earlier one there is nothing, but a stale pid would be worse than none.
     let _ = std::fs::remove_file(folder.file("pid"));
     program::start_in_group(
         Path::new(&start.settings.oci_runtime),
-        &arguments(folder, start, images, work),
+        &arguments(folder, start, images, work, lazy),
         &environment(folder, start),
     )
 }
 
-fn arguments(folder: &Folder, start: &Start, images: &str, work: &str) -> Vec<OsString> {
+fn arguments(folder: &Folder, start: &Start, images: &str, work: &str, lazy: bool) -> Vec<OsString> {
     let mut arguments = runtime_flags(folder, start);
     let options = [
         "restore",
@@ -51,6 +51,9 @@ fn arguments(folder: &Folder, start: &Start, images: &str, work: &str) -> Vec<Os
         "ignore",
     ];
     arguments.extend(options.map(OsString::from));
+    if lazy {
+        arguments.push("--lazy-pages".into());
+    }
     arguments.push(start.report.container_id.clone().into());
     arguments
 }

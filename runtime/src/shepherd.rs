@@ -275,8 +275,8 @@ impl Shepherd {
     fn serve(&mut self, index: usize, request: Option<Request>) -> Option<End> {
         match (request, &self.state) {
             // A restore is answered when it has ended; one that fails at once has been answered with the others.
-            (Some(Request::Restore { images, work }), State::Waiting) => {
-                self.restore(&images, &work);
+            (Some(Request::Restore { images, work, lazy }), State::Waiting) => {
+                self.restore(&images, &work, lazy);
                 return None;
             }
             (Some(Request::Restore { .. }), State::Restoring) => return None,
@@ -298,12 +298,12 @@ impl Shepherd {
         None
     }
 
-    fn restore(&mut self, images: &str, work: &str) {
+    fn restore(&mut self, images: &str, work: &str, lazy: bool) {
         self.state = State::Restoring;
         if !Path::new(images).is_absolute() || !Path::new(work).is_absolute() {
             return self.fail("the agent named no absolute folder for the images".into());
         }
-        match restore::start(&self.folder, &self.start, images, work) {
+        match restore::start(&self.folder, &self.start, images, work, lazy) {
             Ok(runc) => {
                 let end = Instant::now() + RESTORE;
                 self.restore = Some(Restore {

@@ -329,6 +329,6 @@ fn finish(stage: &Stage, message: String) {
         .map_err(|e| sentence(&e))
         .and_then(|sealed| stage.folder.write(RESULT_FILE, &sealed).map_err(|e| sentence(&e)));
     if let Err(why) = written {
-        eprintln!("peregrine pager: {why}");
+        super::say(&why);
     }
 }

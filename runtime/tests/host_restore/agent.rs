@@ -106,6 +106,7 @@ pub(crate) fn restore_request() -> Request {
     Request::Restore {
         images: images().display().to_string(),
         work: work.display().to_string(),
+        lazy: false,
     }
 }
 

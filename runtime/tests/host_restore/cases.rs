@@ -47,15 +47,28 @@ pub(crate) const ALL: &[Case] = &[
     ),
     ("a_stranger_or_a_babbler_on_the_socket_is_refused", hostile_peer),
     ("multipath_tcp_is_off_in_a_sandbox", multipath_off),
+    (
+        "lazy_memory_is_equal_byte_for_byte_before_the_first_instruction",
+        crate::lazy::equal,
+    ),
+    ("lazy_memory_arrives_while_the_container_runs", crate::lazy::running),
+    (
+        "lazy_memory_arrives_though_pager_and_guardian_are_killed",
+        crate::lazy::killed,
+    ),
+    (
+        "lazy_memory_that_cannot_be_read_ends_the_container",
+        crate::lazy::damaged,
+    ),
 ];
 
-fn source(uid: u32) -> Container {
+pub(crate) fn source(uid: u32) -> Container {
     let mut source = Container::new("source", "source", uid, &[]);
     source.start_workload();
     source
 }
 
-fn end(container: &Container) {
+pub(crate) fn end(container: &Container) {
     container.must(&["delete", "--force"]);
 }
 

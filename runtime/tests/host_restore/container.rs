@@ -186,9 +186,9 @@ impl Container {
 
 /// Polls a condition, with a deadline.
 pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while !condition() {
-        assert!(Instant::now() < end, "not within 10 s: {what}");
+        assert!(Instant::now() < end, "not within 60 s: {what}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }

@@ -16,6 +16,8 @@
 mod agent;
 mod cases;
 mod container;
+mod images;
+mod lazy;
 mod node;
 mod workload;
 

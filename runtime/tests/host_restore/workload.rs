@@ -25,7 +25,43 @@ pub(crate) fn run(arguments: &[String]) -> ! {
     }
 }
 
+/// So many words of memory with a value that is known for each, where the case asks for it.
+fn memory() -> Vec<u64> {
+    let mib: u64 = std::fs::read_to_string("/data/memory").map_or(0, |text| text.trim().parse().unwrap());
+    (0..mib << 17).map(known).collect()
+}
+
+fn known(word: u64) -> u64 {
+    // Every eighth page is zeros.
+    if (word / 512).is_multiple_of(8) {
+        0
+    } else {
+        word.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+    }
+}
+
+/// Looks at words that lie far apart; a word that was looked at is changed, and changed back.
+fn look(memory: &mut [u64], counter: u64) {
+    for i in 0..16 {
+        let word = (counter * 16 + i).wrapping_mul(0x0010_3fd1) % memory.len().max(1) as u64;
+        let Some(value) = memory.get_mut(word as usize) else {
+            return;
+        };
+        if *value != known(word) {
+            eprintln!("word {word} is {value:#x}");
+            std::process::exit(98);
+        }
+        *value = std::hint::black_box(!*value);
+        *value = std::hint::black_box(!*value);
+    }
+}
+
 fn count(name: &str) -> ! {
+    let mut memory = if name.starts_with("child") || name == "main" {
+        memory()
+    } else {
+        Vec::new()
+    };
     let path = format!("/data/{name}");
     let file: File = OpenOptions::new()
         .read(true)
@@ -44,6 +80,7 @@ fn count(name: &str) -> ! {
             }
         }
         counter += 1;
+        look(&mut memory, counter);
         file.write_all_at(&counter.to_le_bytes(), 0).unwrap();
         if name == "main" {
             if counter.is_multiple_of(20) {
