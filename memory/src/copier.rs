@@ -32,6 +32,14 @@ pub trait Sink {
     /// # Errors
     /// As for pages.
     fn holes(&mut self, space: u32, ranges: &[Range<u64>]) -> io::Result<()>;
+
+    /// Everything that was given is on its way.
+    ///
+    /// # Errors
+    /// As for pages.
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Pages of one address space, with room for the headers of a frame before them.

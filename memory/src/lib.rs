@@ -9,7 +9,9 @@
 //! | [`copier`] | reads pages, gives batches |
 //! | [`images`] | what a restore with pages from a store needs of CRIU's images |
 //! | [`store`] | the target's store of pages |
+//! | [`wire`] | pages on a connection, both ends |
 //! | [`converge`] | when to stop copying and freeze |
+//! | [`precopy`] | the rounds of a running pod |
 //!
 //! A page is *held* when it is in memory or in swap and is not the kernel's page of zeros; all else reads as zeros. A page
 //! is *dirty* when it is held and was written since it was last protected. What the target's store has of a process is, in
@@ -19,10 +21,12 @@ pub mod areas;
 pub mod converge;
 pub mod copier;
 pub mod images;
+pub mod precopy;
 pub mod ranges;
 pub mod space;
 pub mod store;
 pub mod tracker;
+pub mod wire;
 
 /// Bytes of a page of this machine.
 #[must_use]

@@ -12,7 +12,10 @@ use std::{
 };
 
 use nix::fcntl::{FallocateFlags, fallocate};
-use protocol::store_index::{self, StoreIndex};
+use protocol::{
+    pages::Space,
+    store_index::{self, StoreIndex},
+};
 
 use crate::{
     copier::{Batch, Sink},
@@ -49,23 +52,6 @@ pub enum Error {
 
 /// Address spaces that may be received at once.
 const OPEN: usize = 16_384;
-
-/// What the source says of an address space when the pod is frozen.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Final {
-    /// Its number.
-    pub space: u32,
-    /// Place of its container.
-    pub container: u32,
-    /// The process, as CRIU names it.
-    pub vpid: u32,
-    /// The tracked areas.
-    pub areas: Vec<Range<u64>>,
-    /// Where the store must have data.
-    pub runs: Vec<Range<u64>>,
-    /// What is filled first.
-    pub hot: Vec<Range<u64>>,
-}
 
 /// Receives pages: one for a pod, shared by all streams.
 #[derive(Clone, Debug)]
@@ -162,7 +148,7 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`]; nothing must be restored then.
-    pub fn finish(self, all: &[Final], store_of: impl Fn(u32) -> PathBuf) -> Result<(), Error> {
+    pub fn finish(self, all: &[Space], store_of: impl Fn(u32) -> PathBuf) -> Result<(), Error> {
         let mut seen = std::collections::BTreeSet::new();
         for one in all {
             if !seen.insert((one.container, one.vpid)) {

@@ -10,14 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use protocol::pages::{end_of_block, stream_of};
+use protocol::pages::{self, end_of_block, stream_of};
 
 use crate::{
     areas::{self, Untracked},
     copier::{Copier, Sink},
     ranges::Ranges,
     space::{self, Copied, Lost, Seen, Space},
-    store::Final,
 };
 
 /// A process of the pod.
@@ -181,10 +180,10 @@ impl Tracker {
 
     /// What the target is told of each address space, after the last round.
     #[must_use]
-    pub fn finals(&self) -> Vec<Final> {
+    pub fn finals(&self) -> Vec<pages::Space> {
         self.spaces
             .values()
-            .map(|space| Final {
+            .map(|space| pages::Space {
                 space: space.number(),
                 container: space.container(),
                 vpid: space.vpid(),
@@ -340,6 +339,7 @@ fn copy_part(
         let own = part_of(&seen.dirty, space.number(), stream, count);
         copied.push(copier.copy(space.number(), *pid, own, sink)?);
     }
+    sink.flush()?;
     Ok(Part {
         copied,
         sent: copier.sent(),

@@ -4,10 +4,11 @@
 //! |---|---|
 //! | 16 | pages: space (4), count of runs (4), runs as address (8) and pages (4), then the bytes of all runs |
 //! | 17 | holes: space (4), count (4), ranges as address (8) and pages (8): what the target must forget |
-//! | 18 | end: how many frames of the kinds 16 and 17 were sent (8), bytes of pages in them (8) |
+//! | 18 | end: how many frames were sent before this one (8), bytes of pages in them (8) |
+//! | 19 | a part of what is said of an address space when the pod is frozen: space (4), container (4), process (4), list (1), count (4), ranges as start (8) and end (8) |
 //!
 //! Numbers are big endian. A *space* is one address space of a process, numbered by the source, no number is used twice;
-//! which process it is, is said on the session when the pod is frozen. The same page always travels on the same connection
+//! which process it is, is said when the pod is frozen, on the first connection. The same page always travels on the same connection
 //! ([`stream_of`]), so that an older copy of it never overtakes a newer one.
 
 use std::ops::Range;
@@ -31,6 +32,7 @@ const SPACE_AND_COUNT: usize = 8;
 const RUN: usize = 12;
 const HOLE: usize = 16;
 const END: usize = 16;
+const SPACE_HEAD: usize = 17;
 
 /// Room before the bytes of a batch, for all its headers.
 pub const HEAD: usize = frame::HEADER + SPACE_AND_COUNT + BATCH_RUNS * RUN;
@@ -46,6 +48,36 @@ pub enum Kind {
     Holes,
     /// The end of the connection.
     End,
+    /// What an address space is.
+    Space,
+}
+
+/// Which list of an address space a frame continues.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum List {
+    /// The tracked areas.
+    Areas,
+    /// Where the target must have data.
+    Runs,
+    /// What is filled first.
+    Hot,
+}
+
+/// An address space as it is when the pod is frozen.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Its number.
+    pub space: u32,
+    /// Place of its container.
+    pub container: u32,
+    /// The process, as CRIU names it.
+    pub vpid: u32,
+    /// The tracked areas.
+    pub areas: Vec<Range<u64>>,
+    /// Where the target must have data.
+    pub runs: Vec<Range<u64>>,
+    /// What is filled first.
+    pub hot: Vec<Range<u64>>,
 }
 
 impl Kind {
@@ -54,6 +86,7 @@ impl Kind {
             Self::Pages => 16,
             Self::Holes => 17,
             Self::End => 18,
+            Self::Space => 19,
         }
     }
 
@@ -62,6 +95,7 @@ impl Kind {
             Self::Pages => MOST,
             Self::Holes => SPACE_AND_COUNT + HOLES * HOLE,
             Self::End => END,
+            Self::Space => SPACE_HEAD + HOLES * HOLE,
         }
     }
 }
@@ -106,6 +140,19 @@ pub enum Content<'a> {
         /// Which address space.
         space: u32,
         /// Where.
+        ranges: Vec<Range<u64>>,
+    },
+    /// A part of what an address space is.
+    Space {
+        /// Which.
+        space: u32,
+        /// Place of its container.
+        container: u32,
+        /// The process, as CRIU names it.
+        vpid: u32,
+        /// Which list is continued.
+        list: List,
+        /// By these.
         ranges: Vec<Range<u64>>,
     },
     /// Everything was sent on this connection.
@@ -181,6 +228,77 @@ pub fn holes(space: u32, ranges: &[Range<u64>], page: u64) -> Result<Vec<Vec<u8>
         .collect()
 }
 
+/// Frames that say what an address space is; at least one.
+///
+/// # Errors
+/// A frame would be too long, which cannot be.
+pub fn space(of: &Space) -> Result<Vec<Vec<u8>>, Error> {
+    let mut frames = Vec::new();
+    for (list, ranges) in [(0u8, &of.areas), (1, &of.runs), (2, &of.hot)] {
+        // One without areas is said too: all of its process is CRIU's.
+        let none: &[Range<u64>] = &[];
+        let chunks = ranges.chunks(HOLES).chain((list == 0 && ranges.is_empty()).then_some(none));
+        for some in chunks {
+            let mut out = Vec::with_capacity(frame::HEADER + SPACE_HEAD + some.len() * HOLE);
+            header(&mut out, Kind::Space, SPACE_HEAD + some.len() * HOLE)?;
+            for number in [of.space, of.container, of.vpid] {
+                out.extend_from_slice(&number.to_be_bytes());
+            }
+            out.push(list);
+            out.extend_from_slice(&u32::try_from(some.len()).unwrap_or(0).to_be_bytes());
+            for range in some {
+                out.extend_from_slice(&range.start.to_be_bytes());
+                out.extend_from_slice(&range.end.to_be_bytes());
+            }
+            frames.push(out);
+        }
+    }
+    Ok(frames)
+}
+
+fn read_space(content: &[u8], page: u64) -> Result<Content<'_>, Error> {
+    let (head, rest) = content.split_first_chunk::<SPACE_HEAD>().ok_or(Error::Length)?;
+    let number = |at: usize| head.get(at..at + 4).map_or(0, |b| b.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)));
+    let (space, container, vpid, count) = (number(0), number(4), number(8), number(13));
+    if space >= SPACES {
+        return Err(Error::Space(space));
+    }
+    let count = usize::try_from(count).unwrap_or(usize::MAX);
+    if count > HOLES {
+        return Err(Error::Count(count));
+    }
+    if rest.len() != count * HOLE {
+        return Err(Error::Length);
+    }
+    let list = match head.get(12) {
+        Some(0) => List::Areas,
+        Some(1) => List::Runs,
+        Some(2) => List::Hot,
+        _ => return Err(Error::Length),
+    };
+    let mut ranges = Vec::with_capacity(count);
+    let mut last = 0;
+    let (pairs, _) = rest.as_chunks::<8>();
+    for pair in pairs.chunks_exact(2) {
+        let [start, end] = pair else { return Err(Error::Length) };
+        let (start, end) = (u64::from_be_bytes(*start), u64::from_be_bytes(*end));
+        // What is hot has an order of its own.
+        let in_order = list == List::Hot || start >= last;
+        if !in_order || end <= start || end > ADDRESSES || start % page != 0 || end % page != 0 {
+            return Err(Error::Range(start));
+        }
+        last = end;
+        ranges.push(start..end);
+    }
+    Ok(Content::Space {
+        space,
+        container,
+        vpid,
+        list,
+        ranges,
+    })
+}
+
 /// The frame that ends a connection.
 #[must_use]
 pub fn end(frames: u64, bytes: u64) -> Vec<u8> {
@@ -207,6 +325,7 @@ pub fn read_header(bytes: [u8; frame::HEADER]) -> Result<(Kind, usize), Error> {
         16 => Kind::Pages,
         17 => Kind::Holes,
         18 => Kind::End,
+        19 => Kind::Space,
         other => return Err(Error::Kind(other)),
     };
     let length = usize::try_from(u32::from_be_bytes([a, b, c, d])).unwrap_or(usize::MAX);
@@ -228,6 +347,9 @@ pub fn read(kind: Kind, content: &[u8], page: u64) -> Result<Content<'_>, Error>
             frames: u64::from_be_bytes(*frames),
             bytes: u64::from_be_bytes(bytes),
         });
+    }
+    if kind == Kind::Space {
+        return read_space(content, page);
     }
     let (space, rest) = content.split_first_chunk::<4>().ok_or(Error::Length)?;
     let (count, rest) = rest.split_first_chunk::<4>().ok_or(Error::Length)?;
@@ -316,6 +438,44 @@ mod tests {
         assert_eq!(parse(&end(5, 6)).unwrap(), Content::End { frames: 5, bytes: 6 });
         let full: Vec<_> = (0..BATCH_RUNS as u64).map(|i| i * 8192..i * 8192 + 4096).collect();
         assert!(parse(&batch(&full)).is_ok());
+    }
+
+    #[test]
+    fn what_is_said_of_a_space_survives_in_parts_and_in_order() {
+        let many: Vec<_> = (0..HOLES as u64 + 5).map(|i| i * 8192..i * 8192 + 4096).collect();
+        let of = Space {
+            space: 4,
+            container: 2,
+            vpid: 17,
+            areas: vec![0x1000..0x9000],
+            runs: many.clone(),
+            hot: vec![0x5000..0x6000, 0x1000..0x2000],
+        };
+        let frames = space(&of).unwrap();
+        let mut got = Space {
+            space: 4,
+            container: 2,
+            vpid: 17,
+            ..Space::default()
+        };
+        for frame in &frames {
+            match parse(frame).unwrap() {
+                Content::Space { space: 4, container: 2, vpid: 17, list, ranges } => match list {
+                    List::Areas => got.areas.extend(ranges),
+                    List::Runs => got.runs.extend(ranges),
+                    List::Hot => got.hot.extend(ranges),
+                },
+                other => panic!("{other:?}"),
+            }
+        }
+        assert_eq!(got, of);
+        assert_eq!(space(&Space::default()).unwrap().len(), 1);
+        let mut changed = frames[0].clone();
+        changed[5 + 12] = 9;
+        assert_eq!(parse(&changed), Err(Error::Length));
+        for cut in 0..frames[0].len() - 5 {
+            assert!(read(Kind::Space, &frames[0][5..5 + cut], PAGE).is_err());
+        }
     }
 
     #[test]

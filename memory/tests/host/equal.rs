@@ -3,17 +3,22 @@
 
 use std::{
     fs::{self, File},
-    os::unix::fs::FileExt as _,
+    ops::ControlFlow,
+    os::unix::{fs::FileExt as _, net::UnixStream},
     path::Path,
     time::{Duration, Instant},
 };
 
 use hostsys::pagemap::{Pagemap, TRACKED};
 use memory::{
-    areas, page_size,
+    areas,
+    converge::Goal,
+    page_size,
+    precopy::{self, End},
     ranges::Ranges,
     store::Store,
     tracker::{Round, Tracker},
+    wire::{Sender, receive},
 };
 use nix::{sys::signal::kill, unistd::Pid};
 use protocol::store_index::{StoreIndex, index_file, pages_file};
@@ -104,6 +109,46 @@ fn copy_and_compare(workload: &Workload, name: &str, rounds: u32, streams: usize
     drop(tracker);
     workload.go_on();
     Some(round)
+}
+
+#[test]
+fn host_rounds_over_connections_end_and_copy_exactly() {
+    let Some(workload) = Workload::writer(40, true) else { return };
+    let folder = Folder::new("wire");
+    let store = Store::receive(&folder.0.join("in")).unwrap();
+    let (senders, receivers): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
+    let mut sinks: Vec<_> = senders.into_iter().map(|s| Sender::new(s, None)).collect();
+    let goal = Goal {
+        freeze: Duration::from_secs(5),
+        fixed: Duration::from_millis(50),
+        may_slow: false,
+    };
+    let spaces = std::thread::scope(|scope| {
+        let receive = |mut from: UnixStream| receive(&mut from, &store).unwrap();
+        let threads: Vec<_> = receivers.into_iter().map(|r| scope.spawn(move || receive(r))).collect();
+        let mut tracker = Tracker::new();
+        let end = precopy::run(&mut tracker, || workload.members(), &mut sinks, &goal, |p| {
+            eprintln!("round {}: {:?}, predicted {:?}", p.rounds, p.round, p.prediction);
+            ControlFlow::Continue(())
+        });
+        let skip = no_wp_async(&tracker);
+        assert!(skip || matches!(end, Ok(End::Freeze(_))), "{end:?}");
+        workload.stop();
+        tracker.settle(&workload.members()).unwrap();
+        tracker.last_round(&mut sinks).unwrap();
+        let finals = tracker.finals();
+        for (i, sink) in sinks.drain(..).enumerate() {
+            sink.finish(if i == 0 { &finals } else { &[] }).unwrap();
+        }
+        let said: Vec<_> = threads.into_iter().flat_map(|t| t.join().unwrap()).collect();
+        assert_eq!(said, finals);
+        (!skip).then_some((said, tracker))
+    });
+    let Some((spaces, tracker)) = spaces else { return };
+    store.finish(&spaces, |_| folder.0.join("store")).unwrap();
+    for space in tracker.spaces() {
+        assert!(compare(&folder.0.join("store"), space.pid()) > 0);
+    }
 }
 
 #[test]
