@@ -3,13 +3,7 @@
 
 #![expect(unsafe_code, reason = "an ioctl that nix does not wrap")]
 
-use std::{
-    fs::File,
-    io,
-    os::fd::AsRawFd as _,
-    path::Path,
-    sync::OnceLock,
-};
+use std::{fs::File, io, os::fd::AsRawFd as _, path::Path, sync::OnceLock};
 
 use nix::errno::Errno;
 

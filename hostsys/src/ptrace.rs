@@ -70,7 +70,10 @@ pub fn find_call_instruction(code: &[u8]) -> Option<usize> {
     #[cfg(target_arch = "x86_64")]
     return code.windows(2).position(|w| w == [0x0f, 0x05]);
     #[cfg(target_arch = "aarch64")]
-    return code.chunks_exact(4).position(|w| w == [0x01, 0x00, 0x00, 0xd4]).map(|i| i * 4);
+    return code
+        .chunks_exact(4)
+        .position(|w| w == [0x01, 0x00, 0x00, 0xd4])
+        .map(|i| i * 4);
 }
 
 fn has_seccomp(tid: i32) -> bool {

@@ -9,8 +9,7 @@
 #![expect(unsafe_code, reason = "ioctls and system calls that nix does not wrap")]
 
 use std::{
-    fs,
-    io,
+    fs, io,
     os::{
         fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
         unix::fs::FileExt as _,
@@ -353,7 +352,10 @@ mod tests {
         drop(uffd);
         found.clear();
         map.held(start, end, &mut found).unwrap();
-        assert!(pages(&found, TRACKED) == 0 && pages(&found, WRITTEN) >= all, "{found:?}");
+        assert!(
+            pages(&found, TRACKED) == 0 && pages(&found, WRITTEN) >= all,
+            "{found:?}"
+        );
         assert_eq!(shell.say("echo $x"), "12345");
     }
 
@@ -361,7 +363,11 @@ mod tests {
     fn an_interrupted_call_goes_on_as_if_nothing_had_happened() {
         let started = Instant::now();
         // A sleep that is continued by a restart block. Interrupted without care it would return EINTR and say so.
-        let child = Command::new("/bin/sleep").arg("0.4").stderr(Stdio::piped()).spawn().unwrap();
+        let child = Command::new("/bin/sleep")
+            .arg("0.4")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         let pid = child.id().cast_signed();
         while fs::read_to_string(format!("/proc/{pid}/syscall"))
             .is_ok_and(|s| !s.starts_with(&format!("{} ", libc::SYS_clock_nanosleep)))

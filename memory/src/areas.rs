@@ -84,7 +84,13 @@ fn line(text: &str) -> Option<(Range<u64>, &str, &str, &str, &str)> {
     let permissions = parts.next()?;
     let device = parts.nth(1)?;
     let inode = parts.next()?;
-    Some((range, permissions, device, inode, parts.next().unwrap_or_default().trim()))
+    Some((
+        range,
+        permissions,
+        device,
+        inode,
+        parts.next().unwrap_or_default().trim(),
+    ))
 }
 
 fn parse(maps: &str, locked: &Ranges) -> Look {
@@ -143,12 +149,17 @@ pub fn direct_io(pid: i32) -> Option<String> {
     const O_DIRECT: u32 = 0o200_000;
     let folder = format!("/proc/{pid}/fdinfo");
     for entry in fs::read_dir(&folder).ok()?.flatten() {
-        let Ok(text) = fs::read_to_string(entry.path()) else { continue };
+        let Ok(text) = fs::read_to_string(entry.path()) else {
+            continue;
+        };
         let flags = field(&text, "flags:").and_then(|v| u32::from_str_radix(v.trim(), 8).ok());
         if flags.is_none_or(|f| f & O_DIRECT == 0) {
             continue;
         }
-        let file = Path::new("/proc").join(pid.to_string()).join("fd").join(entry.file_name());
+        let file = Path::new("/proc")
+            .join(pid.to_string())
+            .join("fd")
+            .join(entry.file_name());
         // A pipe has the same flag for another thing.
         if let Ok(target) = fs::read_link(file)
             && target.starts_with("/")

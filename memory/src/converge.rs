@@ -225,7 +225,11 @@ mod tests {
                     },
                     goal,
                 );
-                let predicted = convergence.predict(goal, Duration::from_secs_f64(copy)).freeze.as_secs_f64() * 1e3;
+                let predicted = convergence
+                    .predict(goal, Duration::from_secs_f64(copy))
+                    .freeze
+                    .as_secs_f64()
+                    * 1e3;
                 match convergence.next(goal) {
                     Next::Round { apart } => {
                         since = apart.as_secs_f64().max(copy + look);
@@ -247,12 +251,66 @@ mod tests {
             ("idle", 1024.0, 0.0, 0.0, 1500.0, 150, Next::Freeze, 3),
             ("5 MiB/s", 1024.0, 1024.0, 5.0, 1500.0, 150, Next::Freeze, 4),
             ("100 MiB/s", 1024.0, 1024.0, 100.0, 1500.0, 150, Next::Freeze, 5),
-            ("100 MiB/s at 1 Gbit/s", 1024.0, 1024.0, 100.0, 110.0, 300, Next::Hopeless, 8),
-            ("small hot set, fast", 1024.0, 48.0, 5000.0, 1500.0, 150, Next::Freeze, 6),
-            ("1 GB/s over everything", 1024.0, 1024.0, 1000.0, 1500.0, 150, Next::Freeze, 6),
-            ("1 GB/s over everything, slower link", 1024.0, 1024.0, 1000.0, 1000.0, 150, Next::Hopeless, 5),
-            ("1 GB/s, long freeze allowed", 1024.0, 1024.0, 1000.0, 1500.0, 1000, Next::Freeze, 8),
-            ("64 GiB at 100 MiB/s", 65536.0, 65536.0, 100.0, 1500.0, 1000, Next::Freeze, 10),
+            (
+                "100 MiB/s at 1 Gbit/s",
+                1024.0,
+                1024.0,
+                100.0,
+                110.0,
+                300,
+                Next::Hopeless,
+                8,
+            ),
+            (
+                "small hot set, fast",
+                1024.0,
+                48.0,
+                5000.0,
+                1500.0,
+                150,
+                Next::Freeze,
+                6,
+            ),
+            (
+                "1 GB/s over everything",
+                1024.0,
+                1024.0,
+                1000.0,
+                1500.0,
+                150,
+                Next::Freeze,
+                6,
+            ),
+            (
+                "1 GB/s over everything, slower link",
+                1024.0,
+                1024.0,
+                1000.0,
+                1000.0,
+                150,
+                Next::Hopeless,
+                5,
+            ),
+            (
+                "1 GB/s, long freeze allowed",
+                1024.0,
+                1024.0,
+                1000.0,
+                1500.0,
+                1000,
+                Next::Freeze,
+                8,
+            ),
+            (
+                "64 GiB at 100 MiB/s",
+                65536.0,
+                65536.0,
+                100.0,
+                1500.0,
+                1000,
+                Next::Freeze,
+                10,
+            ),
             ("nothing at all", 0.0, 0.0, 0.0, 1500.0, 150, Next::Freeze, 3),
             ("no goal can be met", 16.0, 0.0, 0.0, 1500.0, 10, Next::Hopeless, 6),
         ];

@@ -130,7 +130,9 @@ impl Copier {
             self.asked.clear();
             let mut room = BATCH_BYTES as u64;
             while room > 0 && self.asked.len() < BATCH_RUNS {
-                let Some(range) = rest.take().or_else(|| ranges.next()) else { break };
+                let Some(range) = rest.take().or_else(|| ranges.next()) else {
+                    break;
+                };
                 let end = range.end.min(range.start + room);
                 room -= end - range.start;
                 self.asked.push(range.start..end);
@@ -199,7 +201,10 @@ impl Copier {
             }
             let length = usize::try_from(range.end - range.start).unwrap_or(0);
             let local = self.batch.room().get_mut(filled..filled + length).unwrap_or_default();
-            let bytes = memory.as_ref().and_then(|m| m.read_at(local, range.start).ok()).unwrap_or(0);
+            let bytes = memory
+                .as_ref()
+                .and_then(|m| m.read_at(local, range.start).ok())
+                .unwrap_or(0);
             let whole = bytes as u64 / page * page;
             got.push(range.start..range.start + whole);
             filled += usize::try_from(whole).unwrap_or(0);
@@ -316,7 +321,9 @@ mod tests {
     #[test]
     fn a_process_that_has_ended_gives_nothing() {
         let mut collected = Collected::default();
-        let copied = Copier::default().copy(0, i32::MAX, [0x1000..0x5000], &mut collected).unwrap();
+        let copied = Copier::default()
+            .copy(0, i32::MAX, [0x1000..0x5000], &mut collected)
+            .unwrap();
         assert!(collected.0.is_empty());
         assert_eq!(copied.failed.bytes(), 0x4000);
     }

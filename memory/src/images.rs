@@ -41,7 +41,10 @@ pub fn make_eager(image: &mut [u8]) -> Result<usize, Error> {
     let mut is_head = true;
     while at < image.len() {
         let bad = Error::Content(at);
-        let length = image.get(at..at + 4).and_then(|b| b.try_into().ok()).map(u32::from_le_bytes);
+        let length = image
+            .get(at..at + 4)
+            .and_then(|b| b.try_into().ok())
+            .map(u32::from_le_bytes);
         let length = length.and_then(|l| usize::try_from(l).ok()).ok_or(bad)?;
         let start = at + 4;
         let end = start.checked_add(length).filter(|e| *e <= image.len()).ok_or(bad)?;
@@ -120,7 +123,10 @@ mod tests {
             let mut bytes = good[..cut].to_vec();
             assert!(make_eager(&mut bytes).is_err() || cut == 14, "cut at {cut}");
         }
-        assert!(make_eager(&mut image(&[&[10, 1, 0]])).is_err(), "a field that is no number");
+        assert!(
+            make_eager(&mut image(&[&[10, 1, 0]])).is_err(),
+            "a field that is no number"
+        );
     }
 
     #[test]

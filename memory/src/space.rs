@@ -205,7 +205,10 @@ impl Space {
     fn areas_are_tracked(&self, map: &mut Pagemap) -> bool {
         // A stack always holds something, and is enough to tell two address spaces apart.
         let mut found = Vec::new();
-        let looked = self.stacks.iter().try_for_each(|s| map.held(s.start, s.end, &mut found));
+        let looked = self
+            .stacks
+            .iter()
+            .try_for_each(|s| map.held(s.start, s.end, &mut found));
         looked.is_ok() && found.iter().all(|r| r.flags & TRACKED != 0)
     }
 
@@ -265,13 +268,13 @@ impl Space {
     /// Takes note of what was sent; gives what the target must forget.
     pub fn note(&mut self, seen: &Seen, copied: &Copied) -> Ranges {
         let sent = seen.dirty.subtract(&copied.zeros).subtract(&copied.failed);
-        let stored = self
-            .stored
+        let stored = self.stored.intersect(&seen.held).subtract(&seen.dirty).union(&sent);
+        let holes = self.stored.subtract(&stored);
+        self.zero = self
+            .zero
             .intersect(&seen.held)
             .subtract(&seen.dirty)
-            .union(&sent);
-        let holes = self.stored.subtract(&stored);
-        self.zero = self.zero.intersect(&seen.held).subtract(&seen.dirty).union(&copied.zeros);
+            .union(&copied.zeros);
         self.stored = stored;
         self.recent.push_front(sent);
         self.recent.truncate(HOT_ROUNDS);

@@ -125,8 +125,13 @@ impl Store {
         let file = self.file(space)?;
         for range in ranges {
             let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-            fallocate(&*file, flags, range.start.cast_signed(), (range.end - range.start).cast_signed())
-                .map_err(|e| Error::File("give back a part of", self.path(space), e.into()))?;
+            fallocate(
+                &*file,
+                flags,
+                range.start.cast_signed(),
+                (range.end - range.start).cast_signed(),
+            )
+            .map_err(|e| Error::File("give back a part of", self.path(space), e.into()))?;
         }
         Ok(())
     }
@@ -181,7 +186,10 @@ impl Store {
             fs::write(&new, index.encode())
                 .and_then(|()| fs::rename(&new, &path))
                 .map_err(|e| Error::File("write", path, e))?;
-            self.open.lock().unwrap_or_else(PoisonError::into_inner).remove(&one.space);
+            self.open
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .remove(&one.space);
         }
         let rest: Vec<u32> = {
             let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);

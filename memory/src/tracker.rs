@@ -254,7 +254,12 @@ impl Tracker {
         }
     }
 
-    fn copy<S: Sink + Send>(&mut self, seen: &[(i32, Seen)], sinks: &mut [S], looked: Duration) -> Result<Round, Error> {
+    fn copy<S: Sink + Send>(
+        &mut self,
+        seen: &[(i32, Seen)],
+        sinks: &mut [S],
+        looked: Duration,
+    ) -> Result<Round, Error> {
         self.copy_and(seen, sinks, looked, |_, _| {})
     }
 
@@ -275,7 +280,8 @@ impl Tracker {
                 .map(|(sink, stream)| scope.spawn(move || copy_part(spaces, seen, stream, count, sink)))
                 .collect();
             let join = |t: std::thread::ScopedJoinHandle<'_, io::Result<Part>>| {
-                t.join().unwrap_or_else(|_| Err(io::Error::other("a copying thread panicked")))
+                t.join()
+                    .unwrap_or_else(|_| Err(io::Error::other("a copying thread panicked")))
             };
             threads.into_iter().map(join).collect()
         });
@@ -294,7 +300,9 @@ impl Tracker {
             }
         }
         for ((pid, seen), copied) in seen.iter().zip(&all) {
-            let Some(space) = self.spaces.get_mut(pid) else { continue };
+            let Some(space) = self.spaces.get_mut(pid) else {
+                continue;
+            };
             also(*pid, copied);
             round.held += seen.held.bytes();
             round.dirty += seen.dirty.bytes();

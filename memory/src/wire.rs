@@ -128,7 +128,9 @@ pub enum Error {
     #[error("the peer broke the protocol: {0}")]
     Violation(#[source] pages::Error),
     /// It says that it sent what did not come.
-    #[error("{frames} frames with {bytes} bytes of pages came, and the peer says that it sent {said_frames} with {said_bytes}")]
+    #[error(
+        "{frames} frames with {bytes} bytes of pages came, and the peer says that it sent {said_frames} with {said_bytes}"
+    )]
     Count {
         /// What came.
         frames: u64,
@@ -244,7 +246,17 @@ mod tests {
         let folder = std::env::temp_dir().join(format!("peregrine-wire-{}", std::process::id()));
         let store = Store::receive(&folder).unwrap();
         let said = receive(&mut pages::end(1, 0).as_slice(), &store);
-        assert!(matches!(said, Err(Error::Count { frames: 0, said_frames: 1, .. })), "{said:?}");
+        assert!(
+            matches!(
+                said,
+                Err(Error::Count {
+                    frames: 0,
+                    said_frames: 1,
+                    ..
+                })
+            ),
+            "{said:?}"
+        );
         assert!(matches!(receive(&mut [].as_slice(), &store), Err(Error::Lost(_))));
         let mut sent = Sender::new(Vec::new(), None);
         sent.holes(0, &[0x1000..0x2000]).unwrap();

@@ -237,7 +237,9 @@ pub fn space(of: &Space) -> Result<Vec<Vec<u8>>, Error> {
     for (list, ranges) in [(0u8, &of.areas), (1, &of.runs), (2, &of.hot)] {
         // One without areas is said too: all of its process is CRIU's.
         let none: &[Range<u64>] = &[];
-        let chunks = ranges.chunks(HOLES).chain((list == 0 && ranges.is_empty()).then_some(none));
+        let chunks = ranges
+            .chunks(HOLES)
+            .chain((list == 0 && ranges.is_empty()).then_some(none));
         for some in chunks {
             let mut out = Vec::with_capacity(frame::HEADER + SPACE_HEAD + some.len() * HOLE);
             header(&mut out, Kind::Space, SPACE_HEAD + some.len() * HOLE)?;
@@ -258,7 +260,10 @@ pub fn space(of: &Space) -> Result<Vec<Vec<u8>>, Error> {
 
 fn read_space(content: &[u8], page: u64) -> Result<Content<'_>, Error> {
     let (head, rest) = content.split_first_chunk::<SPACE_HEAD>().ok_or(Error::Length)?;
-    let number = |at: usize| head.get(at..at + 4).map_or(0, |b| b.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)));
+    let number = |at: usize| {
+        head.get(at..at + 4)
+            .map_or(0, |b| b.iter().fold(0u32, |n, b| n << 8 | u32::from(*b)))
+    };
     let (space, container, vpid, count) = (number(0), number(4), number(8), number(13));
     if space >= SPACES {
         return Err(Error::Space(space));
@@ -460,7 +465,13 @@ mod tests {
         };
         for frame in &frames {
             match parse(frame).unwrap() {
-                Content::Space { space: 4, container: 2, vpid: 17, list, ranges } => match list {
+                Content::Space {
+                    space: 4,
+                    container: 2,
+                    vpid: 17,
+                    list,
+                    ranges,
+                } => match list {
                     List::Areas => got.areas.extend(ranges),
                     List::Runs => got.runs.extend(ranges),
                     List::Hot => got.hot.extend(ranges),

@@ -33,7 +33,13 @@ impl Criu {
         let parts = home.and_then(|h| fs::read_dir(h.join("parts")).ok());
         let mut trees = parts.into_iter().flatten().flatten().map(|e| e.path());
         let tree = trees.find(|t| t.join("usr/sbin/criu").is_file());
-        if tree.is_none() && Command::new("criu").arg("--version").stdout(Stdio::null()).status().is_err() {
+        if tree.is_none()
+            && Command::new("criu")
+                .arg("--version")
+                .stdout(Stdio::null())
+                .status()
+                .is_err()
+        {
             eprintln!("SKIPPED: no CRIU; `cargo xtask cluster up` makes a tree with one");
             return None;
         }
@@ -63,7 +69,14 @@ impl Criu {
             command.env("PEREGRINE_SKIP_TRACKED", "1");
         }
         command.args(arguments).arg("-D").arg(folder);
-        command.args(["-v1", "--network-lock", "skip", "--manage-cgroups=ignore", "--ghost-limit", "256M"]);
+        command.args([
+            "-v1",
+            "--network-lock",
+            "skip",
+            "--manage-cgroups=ignore",
+            "--ghost-limit",
+            "256M",
+        ]);
         command.output().unwrap()
     }
 }
@@ -83,7 +96,9 @@ fn preload() -> PathBuf {
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let candidates = fs::read_dir(&target).unwrap().flatten().map(|e| e.path());
-    let mut candidates = candidates.chain([target.clone()]).map(|p| p.join("release/libcriu_preload.so"));
+    let mut candidates = candidates
+        .chain([target.clone()])
+        .map(|p| p.join("release/libcriu_preload.so"));
     candidates.find(|p| p.is_file()).unwrap()
 }
 
@@ -96,7 +111,10 @@ fn memory_of(pid: i32) -> Memory {
     let mut all = Memory::new();
     for line in maps.lines().filter(|l| !l.contains("[v")) {
         let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
-        let (start, end) = (u64::from_str_radix(start, 16).unwrap(), u64::from_str_radix(end, 16).unwrap());
+        let (start, end) = (
+            u64::from_str_radix(start, 16).unwrap(),
+            u64::from_str_radix(end, 16).unwrap(),
+        );
         for at in (start..end).step_by(usize::try_from(page_size()).unwrap()) {
             let mut page = vec![0; usize::try_from(page_size()).unwrap()];
             // Behind the end of a file there is nothing to read.
@@ -109,15 +127,28 @@ fn memory_of(pid: i32) -> Memory {
 }
 
 fn assert_equal(before: &Memory, after: &Memory) {
-    let missing: Vec<String> = before.keys().filter(|k| !after.contains_key(k)).map(|k| format!("{k:x}")).collect();
-    let new: Vec<String> = after.keys().filter(|k| !before.contains_key(k)).map(|k| format!("{k:x}")).collect();
+    let missing: Vec<String> = before
+        .keys()
+        .filter(|k| !after.contains_key(k))
+        .map(|k| format!("{k:x}"))
+        .collect();
+    let new: Vec<String> = after
+        .keys()
+        .filter(|k| !before.contains_key(k))
+        .map(|k| format!("{k:x}"))
+        .collect();
     assert!(missing.is_empty() && new.is_empty(), "missing {missing:?}, new {new:?}");
     let mut different = 0;
     for (at, page) in before {
         let now = after.get(at).unwrap_or_else(|| panic!("page {at:#x} is missing"));
         if now != page {
             // The kernel writes the number of the processor into each thread's `struct rseq`: 8 bytes.
-            let bytes = now.iter().zip(page).enumerate().filter(|(_, (a, b))| a != b).map(|(i, _)| i);
+            let bytes = now
+                .iter()
+                .zip(page)
+                .enumerate()
+                .filter(|(_, (a, b))| a != b)
+                .map(|(i, _)| i);
             let bytes: Vec<usize> = bytes.collect();
             let zero = now.iter().all(|b| *b == 0);
             assert!(
@@ -254,12 +285,18 @@ fn there_and_back(criu: &Criu, workload: &Workload, name: &str, follow: usize) -
     assert!(dumped.status.success(), "{}", String::from_utf8_lossy(&dumped.stderr));
     let before: Vec<(i32, Memory)> = members.iter().map(|m| (m.pid, memory_of(m.pid))).collect();
     let in_images = image_bytes(&images);
-    eprintln!("{name}: frozen for {:?}, {in_images} bytes in the images, {round:?}", started.elapsed());
+    eprintln!(
+        "{name}: frozen for {:?}, {in_images} bytes in the images, {round:?}",
+        started.elapsed()
+    );
     // The copy in the images: what cannot be tracked; private files, shared memory, what came too late.
     let all: u64 = before.iter().map(|(_, m)| m.len() as u64 * page_size()).sum();
     assert!(in_images + round.held <= all + (1 << 20));
     if tracker.untracked().is_empty() {
-        assert!(in_images < (members.len() as u64) << 24, "tracked pages are in the images: {in_images} bytes");
+        assert!(
+            in_images < (members.len() as u64) << 24,
+            "tracked pages are in the images: {in_images} bytes"
+        );
     }
     for image in fs::read_dir(&images).unwrap().flatten() {
         if memory::images::is_pagemap(&image.file_name().to_string_lossy()) {
@@ -282,7 +319,11 @@ fn there_and_back(criu: &Criu, workload: &Workload, name: &str, follow: usize) -
         }
         restored
     });
-    assert!(restored.status.success(), "{}", String::from_utf8_lossy(&restored.stderr));
+    assert!(
+        restored.status.success(),
+        "{}",
+        String::from_utf8_lossy(&restored.stderr)
+    );
     for (pid, memory) in &before {
         eprintln!("process {pid}, left to CRIU: {:?}", untracked.get(pid));
         assert_equal(memory, &memory_of(*pid));
@@ -301,7 +342,9 @@ fn there_and_back(criu: &Criu, workload: &Workload, name: &str, follow: usize) -
 fn host_what_is_tracked_is_left_out_of_the_images_and_restored_from_the_store() {
     let Some(criu) = Criu::find() else { return };
     for seed in 20..22 {
-        let Some(workload) = Workload::writer(seed, false) else { return };
+        let Some(workload) = Workload::writer(seed, false) else {
+            return;
+        };
         for again in 0..3 {
             if !there_and_back(&criu, &workload, &format!("criu-{seed}-{again}"), 1) {
                 return;
@@ -315,7 +358,9 @@ fn host_what_is_tracked_is_left_out_of_the_images_and_restored_from_the_store() 
 #[test]
 fn host_a_tree_of_processes_comes_back_from_images_and_stores() {
     let Some(criu) = Criu::find() else { return };
-    let Some(workload) = Workload::writer(30, true) else { return };
+    let Some(workload) = Workload::writer(30, true) else {
+        return;
+    };
     // With children that are left to CRIU, as those that are made just before the freeze.
     for (again, follow) in [usize::MAX, 1, usize::MAX, 2].into_iter().enumerate() {
         if !there_and_back(&criu, &workload, &format!("tree-{again}"), follow) {

@@ -34,7 +34,11 @@ fn compare(store: &Path, pid: i32) -> u64 {
     let look = areas::look(pid).unwrap();
     // As sets: mappings that are tracked for the first time may become one with their neighbours.
     let set = |areas: &[std::ops::Range<u64>]| areas.iter().cloned().collect::<Ranges>();
-    assert_eq!(set(&index.areas), set(&look.areas), "all that can be tracked is tracked");
+    assert_eq!(
+        set(&index.areas),
+        set(&look.areas),
+        "all that can be tracked is tracked"
+    );
     let mut map = Pagemap::of(pid).unwrap();
     let mut found = Vec::new();
     for area in &look.areas {
@@ -49,7 +53,10 @@ fn compare(store: &Path, pid: i32) -> u64 {
     assert!(others.iter().all(|r| r.flags & TRACKED == 0), "{others:x?}");
     let held: Ranges = found.iter().map(|r| r.start..r.end).collect();
     let runs = set(&index.runs);
-    assert!(runs.subtract(&held).is_empty(), "the store has what the process has not");
+    assert!(
+        runs.subtract(&held).is_empty(),
+        "the store has what the process has not"
+    );
     let size = usize::try_from(page_size()).unwrap();
     let (mut ours, mut theirs) = (vec![0; size], vec![0; size]);
     let mut equal = 0;
@@ -92,7 +99,11 @@ fn copy_and_compare(workload: &Workload, name: &str, rounds: u32, streams: usize
     let members = workload.members();
     tracker.settle(&members).unwrap();
     let round = tracker.last_round(&mut sinks).unwrap();
-    eprintln!("{name} frozen: {round:?} in {:?}, longest stop {:?}", started.elapsed(), tracker.longest_stop());
+    eprintln!(
+        "{name} frozen: {round:?} in {:?}, longest stop {:?}",
+        started.elapsed(),
+        tracker.longest_stop()
+    );
     let finals = tracker.finals();
     store.finish(&finals, |_| folder.0.join("store")).unwrap();
     let mut equal = 0;
@@ -113,7 +124,9 @@ fn copy_and_compare(workload: &Workload, name: &str, rounds: u32, streams: usize
 
 #[test]
 fn host_rounds_over_connections_end_and_copy_exactly() {
-    let Some(workload) = Workload::writer(40, true) else { return };
+    let Some(workload) = Workload::writer(40, true) else {
+        return;
+    };
     let folder = Folder::new("wire");
     let store = Store::receive(&folder.0.join("in")).unwrap();
     let (senders, receivers): (Vec<_>, Vec<_>) = (0..3).map(|_| UnixStream::pair().unwrap()).unzip();
@@ -127,10 +140,16 @@ fn host_rounds_over_connections_end_and_copy_exactly() {
         let receive = |mut from: UnixStream| receive(&mut from, &store).unwrap();
         let threads: Vec<_> = receivers.into_iter().map(|r| scope.spawn(move || receive(r))).collect();
         let mut tracker = Tracker::new();
-        let end = precopy::run(&mut tracker, || workload.members(), &mut sinks, &goal, |p| {
-            eprintln!("round {}: {:?}, predicted {:?}", p.rounds, p.round, p.prediction);
-            ControlFlow::Continue(())
-        });
+        let end = precopy::run(
+            &mut tracker,
+            || workload.members(),
+            &mut sinks,
+            &goal,
+            |p| {
+                eprintln!("round {}: {:?}, predicted {:?}", p.rounds, p.round, p.prediction);
+                ControlFlow::Continue(())
+            },
+        );
         let skip = no_wp_async(&tracker);
         assert!(skip || matches!(end, Ok(End::Freeze(_))), "{end:?}");
         workload.stop();
@@ -154,7 +173,9 @@ fn host_rounds_over_connections_end_and_copy_exactly() {
 #[test]
 fn host_random_memory_operations_are_copied_exactly() {
     for seed in 0..6 {
-        let Some(workload) = Workload::writer(seed, false) else { return };
+        let Some(workload) = Workload::writer(seed, false) else {
+            return;
+        };
         for again in 0..3 {
             let name = format!("random-{seed}-{again}");
             if copy_and_compare(&workload, &name, 5, 1 + again).is_none() {
@@ -167,7 +188,9 @@ fn host_random_memory_operations_are_copied_exactly() {
 #[test]
 fn host_forks_and_programs_that_become_others_are_copied_exactly() {
     for seed in 100..104 {
-        let Some(workload) = Workload::writer(seed, true) else { return };
+        let Some(workload) = Workload::writer(seed, true) else {
+            return;
+        };
         for again in 0..3 {
             if copy_and_compare(&workload, &format!("forks-{seed}-{again}"), 5, 2).is_none() {
                 return;
@@ -178,7 +201,9 @@ fn host_forks_and_programs_that_become_others_are_copied_exactly() {
 
 #[test]
 fn host_a_workload_outlives_its_tracker() {
-    let Some(workload) = Workload::writer(7, false) else { return };
+    let Some(workload) = Workload::writer(7, false) else {
+        return;
+    };
     let folder = Folder::new("outlives");
     let mut sinks = [Store::receive(&folder.0).unwrap()];
     let mut tracker = Tracker::new();

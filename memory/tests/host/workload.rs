@@ -38,7 +38,9 @@ impl Workload {
             }
         };
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut line)
+            .unwrap();
         assert_eq!(line.trim(), "ready");
         Some(Self(child))
     }
@@ -138,7 +140,10 @@ impl Drop for Folder {
 
 /// Whether the kernel is too old for all of this.
 pub(crate) fn no_wp_async(tracker: &Tracker) -> bool {
-    let refused = tracker.untracked().values().find(|u| u.to_string().contains("WP_ASYNC"));
+    let refused = tracker
+        .untracked()
+        .values()
+        .find(|u| u.to_string().contains("WP_ASYNC"));
     if let Some(why) = refused {
         eprintln!("SKIPPED: {why}");
     }
