@@ -141,6 +141,8 @@ reasons! {
     DecisionUnknown => "Restore the connection to the API server; both sides wait for it.",
     /// The API server cannot be reached.
     ApiUnavailable => "Restore the connection to the API server.",
+    /// Behind the commit the pod's memory could not be made complete: it was killed rather than left to run with wrong memory.
+    MemoryLost => "See the message; the kubelet starts the containers anew as spec.restartPolicy says. Find out what killed the pager.",
     /// A step of an agent failed.
     StepFailed => "See the message and the agent's log.",
     /// The agent has undone its installation on the node.

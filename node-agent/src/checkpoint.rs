@@ -18,7 +18,7 @@ use hostsys::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use protocol::{
     criu_errors,
-    hand_off::{RUNTIME_CONFIG, RuntimeConfig},
+    hand_off::{RUNTIME_CONFIG, RuntimeConfig, SKIP_TRACKED},
 };
 
 use crate::pod_on_node::RUNC_ROOT;
@@ -100,12 +100,24 @@ impl Room {
         self.path.join(container.to_string()).join("work")
     }
 
+    /// Folder of a container's page stores.
+    #[must_use]
+    pub fn store(&self, container: u32) -> PathBuf {
+        self.path.join(container.to_string()).join(protocol::store_index::STORE)
+    }
+
+    /// Folder of pages that are being received and belong to no process yet.
+    #[must_use]
+    pub fn pages(&self) -> PathBuf {
+        self.path.join("pages")
+    }
+
     /// Makes the folders of a container.
     ///
     /// # Errors
     /// See [`Error`].
     pub fn make_folders(&self, container: u32) -> Result<(), Error> {
-        for folder in [self.images(container), self.work(container)] {
+        for folder in [self.images(container), self.work(container), self.store(container)] {
             fs::create_dir_all(&folder).map_err(|e| Error::Folder("create", folder, e))?;
         }
         Ok(())
@@ -163,6 +175,8 @@ pub struct Dump {
     pub cgroup: PathBuf,
     /// Established connections are closed in the image instead of kept.
     pub close_connections: bool,
+    /// Memory that is tracked is left out of the images.
+    pub skip_tracked: bool,
 }
 
 /// The cgroup in which a container's dump runs.
@@ -207,6 +221,9 @@ impl Dump {
             .within(NEVER);
         if !self.close_connections {
             program = program.arg("--tcp-established");
+        }
+        if self.skip_tracked {
+            program = program.env(SKIP_TRACKED, "1");
         }
         let result = program.arg(&self.id).run();
         // Reaped: the cgroup is empty, or will be when CRIU's helpers have gone.

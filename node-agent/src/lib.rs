@@ -22,6 +22,8 @@
 //! | [`journal`] | what a session is about to do, before it does it |
 //! | [`files`] | file trees on their way |
 //! | [`outbox`] | what a source has to send |
+//! | [`page_link`] | connections for memory pages |
+//! | [`pager`] | fills a restored pod's memory while it runs |
 //! | [`peer`] | connections between agents |
 //! | [`checkpoint`] | a dump of one container |
 //! | [`holding`] | a pod held on its source |
@@ -46,6 +48,8 @@ pub mod journal;
 pub mod metrics;
 pub mod node_status;
 pub mod outbox;
+pub mod page_link;
+pub mod pager;
 pub mod peer;
 pub mod pod_on_node;
 pub mod preflight;

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::decide::assignment::PreflightReport;
 use crate::decide::preflight::{Question, Report, judge};
 use crate::metrics::Metrics;
-use crate::{inventory, pod_on_node};
+use crate::{inventory, pager, pod_on_node};
 
 /// What is refused is looked at again so often, because much of it is over in a moment: a connection that is just being
 /// accepted, a directory watch that is just being made, a process that is just being started.
@@ -149,6 +149,14 @@ impl Preflights {
         let looked = tokio::task::spawn_blocking(move || {
             let uid = pod.metadata.uid.clone().unwrap_or_default();
             let on_node = pod_on_node::find(&uid).map_err(|e| (Reason::Unknown, crate::error::chain(&e)))?;
+            let cgroups: Vec<_> = on_node.containers.iter().map(|c| c.cgroup.clone()).collect();
+            if pager::fills(&cgroups) {
+                // A dump would lack the pages that are not in place yet.
+                return Err((
+                    Reason::AlreadyMigrating,
+                    "the pod's memory is still being put in place after its last move".to_owned(),
+                ));
+            }
             let inventory = inventory::take(&pod, &on_node);
             Ok(judge(Question {
                 inventory: &inventory,

@@ -348,12 +348,39 @@ pub struct TargetStatus {
     /// The write of the decision, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit_milliseconds: Option<u32>,
+    /// How far the memory is put in place, which happens while the pod runs already. Absent where it was all there before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub filling: Option<Filling>,
     /// True when nothing of the target is left on the node after an abort.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destroyed: Option<bool>,
     /// Why the agent's part failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<Failure>,
+}
+
+/// How far the memory of a pod that runs already is put in place. It comes from the target node itself: the source is not needed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Filling {
+    /// Bytes that were to be put in place.
+    #[serde(default)]
+    pub total_bytes: i64,
+    /// Bytes that are not in place yet.
+    #[serde(default)]
+    pub remaining_bytes: i64,
+    /// Pages that the pod has waited for.
+    #[serde(default)]
+    pub page_faults: i64,
+    /// The longest that it waited for one, in microseconds.
+    #[serde(default)]
+    pub longest_fault_microseconds: i64,
+    /// How often the program that does it was killed and started again.
+    #[serde(default)]
+    pub restarts: i64,
+    /// From the end of the restore until all was in place, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub milliseconds: Option<i64>,
 }
 
 /// A failure of an agent's part.

@@ -138,11 +138,8 @@ fn start_deputy(stage: &Arc<Stage>) -> Split {
         if let Ok(handle) = PidFd::open(guardian) {
             while !handle.wait_end(Duration::from_secs(3600)) {}
         }
-        match stage.board.state() {
-            // It ended because all is done.
-            State::Filled | State::Killed => 0,
-            State::Waiting | State::Filling | State::Failed => i32::from(!guard(&stage, true)),
-        }
+        // A guardian that ends on purpose ends its deputy before. This one was killed, whatever it was doing.
+        i32::from(!guard(&stage, true))
     })
 }
 
@@ -160,6 +157,7 @@ fn guard(stage: &Arc<Stage>, inherited: bool) -> bool {
     } else {
         match again(stage) {
             Ok(pager) => pager,
+            // Also what the guardian before had begun to do, or to say.
             Err(why) => return end(stage, &deputy, why),
         }
     };
@@ -177,8 +175,7 @@ fn guard(stage: &Arc<Stage>, inherited: bool) -> bool {
         }
         if asked && serve_one(stage) {
             pager.kill();
-            deputy.kill();
-            return kill_pod(stage, "the move was given up");
+            return end(stage, &deputy, Some("the move was given up"));
         }
     }
 }

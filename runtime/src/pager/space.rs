@@ -165,6 +165,10 @@ impl Space {
     /// Whether nothing is missing, nobody waits, and no child can come that misses something.
     #[must_use]
     pub fn is_complete(&self) -> bool {
+        // Most of the time the answer is no, and needs nobody to wait.
+        if !self.missing().pending.is_empty() {
+            return false;
+        }
         let _alone = self.gate.write().unwrap_or_else(PoisonError::into_inner);
         let missing = self.missing();
         missing.pending.is_empty()

@@ -99,6 +99,11 @@ const CLASSES: &[Class] = &[
         reasons: &[Reason::PodDeleted, Reason::SourceLost, Reason::SourceNodeLost],
     },
     Class {
+        title: "The moved pod could not be made complete",
+        workload: "The processes were killed on the target; the kubelet starts the containers anew there. The source is released and never runs again.",
+        reasons: &[Reason::MemoryLost],
+    },
+    Class {
         title: "The decision is not known",
         workload: "Both copies are stopped, because whoever waits cannot know whether the other side may run. No memory is lost; \
                    as soon as the decision can be read, exactly one of them goes on.",

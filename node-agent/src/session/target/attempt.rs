@@ -16,7 +16,7 @@ use kube::Api;
 use protocol::{
     hand_off::{HandOff, ShepherdReport},
     limits,
-    migrate::{FromTarget, target as machine},
+    migrate::{FromTarget, message::Offer, target as machine},
     version,
 };
 use tokio::sync::mpsc;
@@ -29,6 +29,7 @@ use super::super::{
 };
 use super::{
     Brief,
+    pages::{Expected, Pages},
     receive::{Incoming, Received, Targets, manifest_order, reserve, write_all},
     restore::{adjust, hold_packets, restore},
 };
@@ -36,6 +37,7 @@ use crate::{
     checkpoint::Room,
     decide::step::Step,
     journal::{Record, TargetContainer},
+    pager::Pager,
     peer::{Event, FromSourceSide},
 };
 
@@ -87,7 +89,7 @@ impl Attempt {
             "sandbox and shepherds of the target pod stand",
         );
 
-        let mut link = self.source(task, ledger).await?;
+        let (mut link, offer) = self.source(task, ledger).await?;
         self.say = Some(link.say.clone());
         say_step(task, Step::TargetReserve);
         let room = Room::of(&self.brief.start.uid);
@@ -111,6 +113,23 @@ impl Attempt {
             self.link = Some(link);
             return Err(why);
         }
+        let pages = match task.pages.take() {
+            Some(connections) => {
+                let expected = Expected {
+                    offer,
+                    name: crds::names::agent_dns_name(&self.brief.source_node),
+                };
+                Some(Pages::take(connections, expected, room.clone(), ledger.stop.clone()))
+            }
+            None => None,
+        };
+        let pages = match pages.transpose() {
+            Ok(pages) => pages,
+            Err(why) => {
+                self.link = Some(link);
+                return Err(why);
+            }
+        };
         say(&link.say, FromTarget::ManifestAccepted).await?;
 
         say_step(task, Step::TargetReceive);
@@ -123,6 +142,16 @@ impl Attempt {
         };
         self.link = Some(link);
         let receive = self.receive(ledger, incoming, &room, &place, &order);
+        let receive = async {
+            let received = receive.await?;
+            if let Some(pages) = pages {
+                tokio::select! {
+                    stored = pages.finish() => stored?,
+                    why = ledger.stop.wait() => return Err(why),
+                }
+            }
+            Ok(received)
+        };
         let (received, frozen_at) = ledger.forward(Step::TargetReceive, receive).await?;
         facts = received.facts;
         self.frozen_at = Some(frozen_at);
@@ -140,10 +169,11 @@ impl Attempt {
             .await?;
         say_step(task, Step::TargetRestore);
         let restoring = Instant::now();
+        let pager = Pager::of(&self.brief.start.uid);
         ledger
             .forward(
                 Step::TargetRestore,
-                restore(ledger, &room, &place, &order, facts.addresses.clone()),
+                restore(ledger, &room, &place, &order, facts.addresses.clone(), &pager),
             )
             .await?;
         let restore_milliseconds = millis(restoring);
@@ -156,7 +186,7 @@ impl Attempt {
             .filter_map(|i| place.containers.get(*i))
             .map(|c| c.cgroup.clone())
             .collect();
-        let adjust = async { blocking(move || adjust(&namespace, &cgroups, &facts)).await? };
+        let adjust = async { blocking(move || adjust(&namespace, &cgroups, &facts, &pager)).await? };
         ledger.forward(Step::TargetAdjust, adjust).await?;
         if let Some(say_to) = &self.say {
             say(say_to, FromTarget::Held).await.ok();
@@ -262,7 +292,7 @@ impl Attempt {
     }
 
     /// Waits for the source: its node, its pod and its attempt are compared with the API's, never taken from the peer.
-    pub(super) async fn source(&self, task: &mut Task, ledger: &Ledger) -> Result<FromSourceSide, Failed> {
+    pub(super) async fn source(&self, task: &mut Task, ledger: &Ledger) -> Result<(FromSourceSide, Offer), Failed> {
         loop {
             let inbound = tokio::select! {
                 why = ledger.stop.wait() => return Err(why),
@@ -290,7 +320,7 @@ impl Attempt {
             match (refused, selected) {
                 (None, Some(version)) => {
                     say(&link.say, FromTarget::Accept { version }).await?;
-                    return Ok(link);
+                    return Ok((link, offer));
                 }
                 (refused, _) => {
                     let message = refused.unwrap_or("there is no common version of the protocol");

@@ -12,7 +12,7 @@ use std::{
 use crds::{
     Reason,
     condition::{self},
-    process_migration::Party,
+    process_migration::{Filling, Party},
 };
 use hostsys::{addresses, cgroup::Cgroup};
 use protocol::{
@@ -34,12 +34,15 @@ use crate::{
     decide::step::{Role, Step},
     holding,
     journal::{Record, Start, TargetContainer},
+    pager::{Pager, Standing},
 };
 
 /// For a shepherd's answer to anything but a restore.
 const ANSWER: Duration = Duration::from_secs(10);
 /// Between two tries to write a marker.
 const AGAIN: Duration = Duration::from_millis(500);
+/// Between two questions how far the memory is.
+const FILLING: Duration = Duration::from_millis(500);
 /// For the end of killed processes.
 const KILL: Duration = Duration::from_secs(20);
 
@@ -132,8 +135,95 @@ pub(super) async fn runs(
             half.target.frozen_milliseconds = frozen_for;
         }
     });
+    fill(task, start, &cgroups).await;
     clean_up(ledger, start).await;
     finish(task, ledger).await;
+}
+
+/// Waits until the pod's memory is complete, and says how far it is. Without a pager it was from the beginning. Works from
+/// what it finds: an agent that was restarted comes here too.
+async fn fill(task: &Task, start: &Start, cgroups: &[PathBuf]) {
+    let pager = Pager::of(&start.uid);
+    let mut unknown_since: Option<Instant> = None;
+    loop {
+        let asked = pager.clone();
+        let standing = match blocking(move || asked.standing()).await {
+            Ok(Ok(standing)) => standing,
+            Ok(Err(error)) => {
+                // A guardian is replaced within milliseconds. One that never answers is told about, and waited for.
+                if unknown_since.get_or_insert_with(Instant::now).elapsed() > ANSWER {
+                    tracing::warn!(
+                        error = crate::error::chain(&error),
+                        "the pager does not say how far it is"
+                    );
+                    unknown_since = None;
+                }
+                tokio::time::sleep(FILLING).await;
+                continue;
+            }
+            Err(error) => {
+                tracing::error!(%error, "failed to ask the pager");
+                tokio::time::sleep(FILLING).await;
+                continue;
+            }
+        };
+        match standing {
+            Standing::Complete(None) => return,
+            Standing::Complete(Some(status)) => {
+                tracing::info!(?status, "the pod's memory is complete");
+                let milliseconds = signed(status.fill_milliseconds);
+                task.publish(|half| {
+                    half.target.filling = Some(Filling {
+                        milliseconds: Some(milliseconds),
+                        ..filling(&status)
+                    });
+                });
+                return;
+            }
+            Standing::Filling(status) => {
+                task.publish(|half| half.target.filling = Some(filling(&status)));
+                // It begins by itself a little later; an agent that was restarted may be sooner.
+                let pager = pager.clone();
+                if let Ok(Err(error)) = blocking(move || pager.fill()).await {
+                    tracing::debug!(error = crate::error::chain(&error), "the pager was not reached");
+                }
+                tokio::time::sleep(FILLING).await;
+            }
+            Standing::Lost(why) => return lost(task, cgroups, why).await,
+        }
+    }
+}
+
+/// What cannot have all of its memory must not run.
+async fn lost(task: &Task, cgroups: &[PathBuf], why: String) {
+    let why = Failed::new(Reason::MemoryLost, why);
+    tracing::error!(error = %why, "killing a pod whose memory is not complete");
+    publish_failure(task, &why);
+    loop {
+        let cgroups = cgroups.to_vec();
+        let killed = blocking(move || cgroups.iter().try_for_each(|path| Cgroup::at(path).kill(KILL))).await;
+        match killed {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => tracing::error!(error = crate::error::chain(&error), "failed to kill it; trying again"),
+            Err(error) => tracing::error!(%error, "failed to kill it; trying again"),
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+fn filling(status: &protocol::pager::Status) -> Filling {
+    Filling {
+        total_bytes: signed(status.total_bytes),
+        remaining_bytes: signed(status.remaining_bytes),
+        page_faults: signed(status.faults),
+        longest_fault_microseconds: signed(status.longest_fault_microseconds),
+        restarts: signed(status.restarts),
+        milliseconds: None,
+    }
 }
 
 pub(super) async fn finish(task: &Task, ledger: &Ledger) {
@@ -147,10 +237,12 @@ pub(super) async fn finish(task: &Task, ledger: &Ledger) {
 
 pub(super) async fn clean_up(ledger: &Ledger, start: &Start) {
     let (room, pod_uid) = (Room::of(&start.uid), start.pod_uid.clone());
+    let pager = Pager::of(&start.uid);
     let work = || {
-        let (room, pod_uid) = (room.clone(), pod_uid.clone());
+        let (room, pod_uid, pager) = (room.clone(), pod_uid.clone(), pager.clone());
         async move {
             blocking(move || {
+                pager.remove().map_err(|e| Failed::because(Reason::StepFailed, &e))?;
                 room.remove().map_err(|e| Failed::because(Reason::StepFailed, &e))?;
                 shepherds::remove_hand_offs(&pod_uid).map_err(|e| Failed::because(Reason::StepFailed, &e))
             })
@@ -220,7 +312,7 @@ pub(super) async fn destroy(
     added: Vec<IpAddr>,
 ) -> Result<(), Failed> {
     let failed = |e: shepherds::Error| Failed::because(Reason::StepFailed, &e);
-    let (uid, migration) = (pod_uid.clone(), migration_uid.clone());
+    let (uid, migration) = (pod_uid, migration_uid.clone());
     let standing = blocking(move || {
         shepherds::mark_aborted(&uid)?;
         shepherds::standing(&uid, &migration)
@@ -247,6 +339,10 @@ pub(super) async fn destroy(
                 .kill(KILL)
                 .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
         }
+        // It has killed them too, if it was there: nothing lives whose missing pages could become zeros.
+        Pager::of(&migration_uid)
+            .kill()
+            .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
         if let Some(namespace) = namespace {
             // The sandbox may be gone; where it is not, it goes with the pod.
             if let Err(error) = holding::release_packets(&namespace) {

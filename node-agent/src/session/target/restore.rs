@@ -1,6 +1,7 @@
 //! Network, restore and what CRIU does not do, before anything of the target runs.
 
 use std::{
+    collections::HashSet,
     fs,
     net::IpAddr,
     os::fd::AsFd as _,
@@ -19,7 +20,13 @@ use super::super::{
     shepherds,
 };
 use super::attempt::Ground;
-use crate::{checkpoint::Room, decide::step::Step, holding};
+use crate::{
+    checkpoint::Room,
+    decide::step::Step,
+    holding,
+    install::WRAPPER,
+    pager::{self, Pager, Standing},
+};
 
 fn failed(what: &str, e: &(dyn std::error::Error + 'static)) -> Failed {
     Failed::new(
@@ -49,6 +56,32 @@ fn add_addresses(namespace: &Path, wanted: &[IpAddr]) -> Result<(), Failed> {
     Ok(())
 }
 
+/// The containers whose memory comes from stores, as the pager needs to know them.
+fn filled_containers(room: &Room, place: &Ground, order: &[usize]) -> Vec<protocol::pager::Container> {
+    let all = order.iter().zip(0u32..);
+    all.filter(|(_, n)| pager::has_store(&room.store(*n)))
+        .filter_map(|(index, n)| {
+            Some(protocol::pager::Container {
+                work: room.work(n).display().to_string(),
+                store: room.store(n).display().to_string(),
+                cgroup: place.containers.get(*index)?.cgroup.display().to_string(),
+            })
+        })
+        .collect()
+}
+
+/// Starts the pager, unless that was done ahead or there is nothing to fill. Returns the work folders of the containers that
+/// it waits for: all of these, and no others, are restored lazily.
+fn start_pager(pager: &Pager, containers: Vec<protocol::pager::Container>) -> Result<HashSet<String>, Failed> {
+    if !pager.exists() && !containers.is_empty() {
+        pager
+            .start(Path::new(WRAPPER), containers)
+            .map_err(|e| failed("start the pager", &e))?;
+    }
+    let plan = pager.plan().map_err(|e| failed("start the pager", &e))?;
+    Ok(plan.containers.into_iter().map(|container| container.work).collect())
+}
+
 /// Restores all containers at once through their shepherds, which hold them.
 pub(super) async fn restore(
     ledger: &Ledger,
@@ -56,14 +89,19 @@ pub(super) async fn restore(
     place: &Ground,
     order: &[usize],
     wanted: Vec<IpAddr>,
+    pager: &Pager,
 ) -> Result<(), Failed> {
     let namespace = place.network_namespace.clone();
     blocking(move || add_addresses(&namespace, &wanted)).await??;
+    let (known, filled) = (pager.clone(), filled_containers(room, place, order));
+    let lazy = blocking(move || start_pager(&known, filled)).await??;
     let restores = order.iter().zip(0u32..).filter_map(|(index, n)| {
         let container = place.containers.get(*index)?;
+        let work = room.work(n).display().to_string();
         let request = Request::Restore {
             images: room.images(n).display().to_string(),
-            work: room.work(n).display().to_string(),
+            lazy: lazy.contains(&work),
+            work,
         };
         Some(async move {
             (
@@ -89,6 +127,18 @@ pub(super) async fn restore(
         }
     }
     if reasons.is_empty() {
+        if !lazy.is_empty() {
+            let pager = pager.clone();
+            // Not awaited: the bulk is nobody's wait, and the commit comes first. No restorer is disturbed any more.
+            tokio::task::spawn_blocking(move || {
+                if let Err(error) = pager.fill() {
+                    tracing::info!(
+                        error = crate::error::chain(&error),
+                        "the pager fills when it thinks fit"
+                    );
+                }
+            });
+        }
         Ok(())
     } else {
         Err(Failed::new(Reason::RestoreFailed, reasons.join("; ")))
@@ -96,7 +146,12 @@ pub(super) async fn restore(
 }
 
 /// What CRIU does not do: attributes of threads; connections whose peers cannot follow are ended.
-pub(super) fn adjust(namespace: &Path, cgroups: &[PathBuf], facts: &Facts) -> Result<(), Failed> {
+pub(super) fn adjust(namespace: &Path, cgroups: &[PathBuf], facts: &Facts, pager: &Pager) -> Result<(), Failed> {
+    // What was killed because its memory cannot be made complete must not be committed. One that does not answer for a moment
+    // is being replaced.
+    if let Ok(Standing::Lost(why)) = pager.standing() {
+        return Err(Failed::new(Reason::RestoreFailed, why));
+    }
     let failed = |e: holding::Error| Failed::because(Reason::RestoreFailed, &e);
     holding::set_attributes(cgroups, &facts.threads).map_err(failed)?;
     let sockets = holding::sockets(namespace).map_err(failed)?;
