@@ -14,7 +14,7 @@ use std::{
 use protocol::{
     frame::{self, Kind},
     limits,
-    migrate::{FromSource, FromTarget, Violation, source, target},
+    migrate::{FromSource, FromTarget, Violation, message::Stream, source, target},
 };
 use rustls::pki_types::ServerName;
 use tokio::{
@@ -29,6 +29,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 use crate::{
     identity::{PeerTls, names_of},
     outbox::{self, Outbox, Outgoing, Pool},
+    page_link::Incoming,
 };
 
 /// How long a peer may be silent.
@@ -408,13 +409,22 @@ pub struct FromSourceSide {
     _tasks: Tasks,
 }
 
-/// Takes a connection: TLS, then nothing more. Gives the names in the peer's certificate.
+/// What a peer has come for.
+#[derive(Debug)]
+pub enum Accepted {
+    /// A session, whose first message is not judged yet; with the names in the peer's certificate.
+    Session(FromSourceSide, Vec<String>),
+    /// To send memory pages.
+    Pages(Incoming),
+}
+
+/// Takes a connection: TLS, and a look at what the peer has come for.
 ///
 /// # Errors
 /// See [`Error`].
-pub async fn accept(tls: &PeerTls, tcp: TcpStream, from: SocketAddr) -> Result<(FromSourceSide, Vec<String>), Error> {
+pub async fn accept(tls: &PeerTls, tcp: TcpStream, from: SocketAddr) -> Result<Accepted, Error> {
     tcp.set_nodelay(true).map_err(Error::Lost)?;
-    let stream = timeout(HANDSHAKE, TlsAcceptor::from(tls.server.clone()).accept(tcp))
+    let mut stream = timeout(HANDSHAKE, TlsAcceptor::from(tls.server.clone()).accept(tcp))
         .await
         .map_err(|_| Error::Deadline(from.to_string(), HANDSHAKE))?
         .map_err(|e| Error::Tls(from.to_string(), e))?;
@@ -425,13 +435,31 @@ pub async fn accept(tls: &PeerTls, tcp: TcpStream, from: SocketAddr) -> Result<(
         .and_then(|c| c.first())
         .map(names_of)
         .unwrap_or_default();
-    Ok((from_source(stream), names))
+    let mut content = Vec::new();
+    let (kind, len) = read_frame(&mut stream, &mut content, "target").await?;
+    content.truncate(len);
+    if kind == Kind::Control
+        && let Ok(FromSource::Offer(offer)) = serde_json::from_slice(&content)
+        && matches!(offer.stream, Stream::Pages { .. })
+    {
+        return Ok(Accepted::Pages(Incoming::new(stream, offer, names)));
+    }
+    // The machine of a session sees all of it, this frame too.
+    let header = frame::header(kind, len).map_err(|error| Error::Violation(Violation::Frame { state: "target", error }))?;
+    let first = [header.as_slice(), &content].concat();
+    Ok(Accepted::Session(from_source_after(first, stream), names))
 }
 
 /// The target's side on any stream.
 #[must_use]
 pub fn from_source(stream: impl AsyncRead + AsyncWrite + Send + 'static) -> FromSourceSide {
-    let (mut reader, mut writer) = tokio::io::split(stream);
+    from_source_after(Vec::new(), stream)
+}
+
+/// The target's side on a stream of which something was read already.
+fn from_source_after(first: Vec<u8>, stream: impl AsyncRead + AsyncWrite + Send + 'static) -> FromSourceSide {
+    let (reader, mut writer) = tokio::io::split(stream);
+    let mut reader = io::Cursor::new(first).chain(reader);
     let machine = Shared::new(target::Machine::default());
     let (send_event, events) = mpsc::channel(16);
     let (say, mut queue) = mpsc::channel::<FromTarget>(16);
@@ -538,7 +566,7 @@ async fn write_to_source(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::migrate::message::{Facts, Manifest, Offer, PROTOCOL, Place, Stream};
+    use protocol::migrate::message::{Facts, Manifest, Offer, PROTOCOL, Place};
 
     fn offer() -> FromSource {
         FromSource::Offer(Offer {

@@ -53,7 +53,8 @@ use crate::{
     fault::Faults,
     identity::PeerTls,
     journal::{self, JOURNALS, Journal, Record, Start},
-    peer::{self, Event, FromSourceSide},
+    page_link,
+    peer::{self, Accepted, Event, FromSourceSide},
 };
 use hand_over::Decisions;
 use ledger::Ledger;
@@ -100,6 +101,8 @@ struct Task {
     /// The writer of this half; made when the object is first seen.
     publisher: Arc<Mutex<Option<Publisher>>>,
     inbound: mpsc::Receiver<Inbound>,
+    /// Connections for pages; taken by whoever receives them.
+    pages: Option<mpsc::Receiver<page_link::Incoming>>,
 }
 
 /// What the watch says.
@@ -254,6 +257,7 @@ struct Handle {
     observed: watch::Sender<Seen>,
     publisher: Arc<Mutex<Option<Publisher>>>,
     inbound: mpsc::Sender<Inbound>,
+    pages: mpsc::Sender<page_link::Incoming>,
 }
 
 /// All sessions of this node.
@@ -438,7 +442,8 @@ impl Sessions {
             return;
         };
         let (mut link, names) = match peer::accept(&tls, tcp, from).await {
-            Ok(accepted) => accepted,
+            Ok(Accepted::Session(link, names)) => (link, names),
+            Ok(Accepted::Pages(incoming)) => return self.take_pages(incoming, from).await,
             Err(error) => {
                 tracing::warn!(%from, error = crate::error::chain(&error), "refused a connection");
                 return;
@@ -475,6 +480,25 @@ impl Sessions {
         }
     }
 
+    /// A connection for pages belongs to a session that is receiving.
+    async fn take_pages(&self, incoming: page_link::Incoming, from: SocketAddr) {
+        let session = {
+            let handles = self.handles.lock().unwrap_or_else(PoisonError::into_inner);
+            let handle = handles.get(&(incoming.offer().uid.clone(), Role::Target));
+            handle.map(|h| h.pages.clone())
+        };
+        let refused = match session {
+            Some(session) => session.try_send(incoming).err().map(|e| match e {
+                mpsc::error::TrySendError::Full(i) | mpsc::error::TrySendError::Closed(i) => i,
+            }),
+            None => Some(incoming),
+        };
+        if let Some(incoming) = refused {
+            tracing::warn!(%from, "refused a connection for pages");
+            incoming.refuse("this node receives no such migration").await;
+        }
+    }
+
     fn spawn(
         &self,
         whose: Whose,
@@ -489,6 +513,7 @@ impl Sessions {
         }
         let (observed, receiver) = watch::channel(Seen { migration, gone: false });
         let (inbound, inbound_receiver) = mpsc::channel(INBOUND);
+        let (pages, pages_receiver) = mpsc::channel(usize::try_from(protocol::pages::STREAMS).unwrap_or(1));
         let key = (whose.uid.clone(), role);
         let task = Task {
             ctx: self.ctx.clone(),
@@ -496,11 +521,13 @@ impl Sessions {
             observed: receiver,
             publisher: publisher.clone(),
             inbound: inbound_receiver,
+            pages: Some(pages_receiver),
         };
         let handle = Handle {
             observed,
             publisher,
             inbound,
+            pages,
         };
         self.handles
             .lock()

@@ -41,6 +41,10 @@ pub const ANNOTATION_TARGET_OF: &str = "peregrine.dev/target-of";
 pub const MOVED_AWAY_DIR: &str = "/var/lib/peregrine/moved-away";
 /// Settings of the wrapper, written by the agent's installer: JSON of [`RuntimeConfig`].
 pub const RUNTIME_CONFIG: &str = "/opt/peregrine/etc/runtime.json";
+/// The library that is preloaded into CRIU where it is needed.
+pub const CRIU_PRELOAD: &str = "/opt/peregrine/lib/limits.so";
+/// Set in the environment of a dump whose tracked memory the agent copies itself; heard by that library.
+pub const SKIP_TRACKED: &str = "PEREGRINE_SKIP_TRACKED";
 /// Longest line on a shepherd's socket, in bytes.
 pub const MAX_LINE: usize = 64 * 1024;
 /// Largest hand-off or report, in bytes.

@@ -8,7 +8,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use hostsys::program;
-use protocol::hand_off::RuntimeConfig;
+use protocol::hand_off::{CRIU_PRELOAD, RuntimeConfig, SKIP_TRACKED};
 
 /// Becomes CRIU. Returns only when that failed.
 #[must_use]
@@ -17,9 +17,35 @@ pub fn become_criu(settings: &RuntimeConfig, arguments: &[OsString]) -> program:
 }
 
 fn environment(settings: &RuntimeConfig) -> Vec<(OsString, OsString)> {
-    settings
-        .limits_preload
-        .iter()
+    // Of a dump that leaves tracked memory out: without the library it would dump everything, for nothing.
+    let skips = std::env::var_os(SKIP_TRACKED).is_some();
+    preload(settings, skips)
         .map(|library| ("LD_PRELOAD".into(), library.into()))
+        .into_iter()
         .collect()
+}
+
+fn preload(settings: &RuntimeConfig, skips_tracked: bool) -> Option<&str> {
+    let limits = settings.limits_preload.as_deref();
+    limits.or(skips_tracked.then_some(CRIU_PRELOAD))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_library_is_loaded_where_one_of_its_two_uses_is_wanted() {
+        let with = |limits: Option<&str>, skips| {
+            let settings = RuntimeConfig {
+                limits_preload: limits.map(Into::into),
+                ..RuntimeConfig::default()
+            };
+            preload(&settings, skips).map(str::to_owned)
+        };
+        assert_eq!(with(None, false), None);
+        assert_eq!(with(Some("/l.so"), false).as_deref(), Some("/l.so"));
+        assert_eq!(with(Some("/l.so"), true).as_deref(), Some("/l.so"));
+        assert_eq!(with(None, true).as_deref(), Some(CRIU_PRELOAD));
+    }
 }

@@ -10,6 +10,7 @@
 
 mod attempt;
 mod checkpointing;
+mod precopy;
 mod way_back;
 
 use std::{
@@ -20,7 +21,7 @@ use std::{
 use crds::{
     ProcessMigration, Reason,
     condition::Status,
-    process_migration::{Failure, Party, cond},
+    process_migration::{Failure, Party, StrategyType, cond},
 };
 use hostsys::cgroup::Cgroup;
 use protocol::{limits, migrate::FromSource};
@@ -46,6 +47,9 @@ use crate::{
     pod_on_node,
 };
 
+/// The longest freeze of a pod whose migration names none: what a probe with the defaults of Kubernetes lets pass.
+const LONGEST_FREEZE: Duration = Duration::from_secs(10);
+
 /// The session's task.
 pub(super) async fn run(mut task: Task, recovered: Option<(Ledger, Start, Plan)>, busy: Busy) {
     if let Some((ledger, start, plan)) = recovered {
@@ -65,6 +69,8 @@ struct Brief {
     target_pod_uid: String,
     memory_bytes: u64,
     progress_timeout: Duration,
+    /// The memory is copied while the pod runs, for a freeze that is at most so long.
+    precopy: Option<Duration>,
 }
 
 fn brief(task: &Task, migration: &ProcessMigration) -> Option<Brief> {
@@ -86,6 +92,10 @@ fn brief(task: &Task, migration: &ProcessMigration) -> Option<Brief> {
         target_pod_uid: target.pod_uid.clone()?,
         memory_bytes: source.memory_bytes.and_then(|b| u64::try_from(b).ok()).unwrap_or(0),
         progress_timeout: Duration::from_secs(u64::from(migration.spec.progress_timeout_seconds)),
+        precopy: (migration.spec.strategy.type_ == StrategyType::PreCopy).then(|| {
+            let most = migration.spec.max_freeze_milliseconds.map(u64::from);
+            most.map_or(LONGEST_FREEZE, Duration::from_millis)
+        }),
     })
 }
 
@@ -115,6 +125,7 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
         brief,
         frozen_at: None,
         link: None,
+        precopy: None,
         outside: 0,
     };
     let result = attempt.forward(task, &ledger).await;

@@ -9,6 +9,7 @@
 
 mod attempt;
 mod ends;
+mod pages;
 mod receive;
 mod restore;
 

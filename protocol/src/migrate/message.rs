@@ -107,12 +107,19 @@ pub struct Offer {
 /// Value of [`Offer::protocol`].
 pub const PROTOCOL: &str = "peregrine-migrate";
 
-/// What a connection carries. Page streams will be further kinds.
+/// What a connection carries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stream {
     /// The session: everything but page streams.
     Session,
+    /// Memory pages: after the offer and its acceptance, frames of [`crate::pages`] only. Made while the session is receiving.
+    Pages {
+        /// Which of them.
+        index: u32,
+        /// How many there are.
+        count: u32,
+    },
 }
 
 /// What a checkpoint will hold, at most.
@@ -313,12 +320,19 @@ fn words(reason: &str, message: &str) -> Option<String> {
 }
 
 impl Offer {
-    fn fault(&self) -> Option<String> {
+    /// What is wrong with its content.
+    #[must_use]
+    pub fn fault(&self) -> Option<String> {
         if self.protocol != PROTOCOL {
             return Some("the protocol is not peregrine-migrate".into());
         }
         if self.versions.len() > crate::version::MAX_OFFERED {
             return Some(format!("{} versions", self.versions.len()));
+        }
+        if let Stream::Pages { index, count } = self.stream
+            && (count > crate::pages::STREAMS || index >= count)
+        {
+            return Some(format!("stream {index} of {count}"));
         }
         [
             &self.namespace,

@@ -172,7 +172,17 @@ pub(super) fn send_metadata(
             let path = folder.join(&name);
             let failed = |e: crate::outbox::Error| Failed::because(Reason::TransferFailed, &e);
             let whose = Place::Images(place);
-            if cure::is_cured(&name) {
+            if memory::images::is_pagemap(&name) {
+                // A restore with pages from a store would leave out what the images have.
+                let mut image = fs::read(&path).map_err(read)?;
+                memory::images::make_eager(&mut image).map_err(|e| {
+                    Failed::new(
+                        Reason::CheckpointFailed,
+                        format!("image {name} cannot be understood: {e}"),
+                    )
+                })?;
+                outbox.content(whose, name.as_bytes(), &image).map_err(failed)?;
+            } else if cure::is_cured(&name) {
                 let image = fs::read(&path).map_err(read)?;
                 let cured = cured(&name, &image, place, threads).map_err(|e| {
                     Failed::new(
