@@ -183,8 +183,11 @@ pub struct RuntimeConfig {
     pub libexec: String,
     /// Seconds for which `create` of a target waits for its hand-off.
     pub hand_off_timeout_seconds: u32,
-    /// The node's CRIU, absolute.
+    /// The CRIU to use, absolute.
     pub criu: String,
+    /// The loader that starts it, absolute, with CRIU's libraries beside it. Absent: the node's own CRIU, which the node's
+    /// loader starts.
+    pub criu_loader: Option<String>,
     /// Library that is preloaded into CRIU where the node's CRIU may not ask for the limits of other users' processes
     /// (no CAP_SYS_RESOURCE); absolute, absent where it is not needed.
     pub limits_preload: Option<String>,
@@ -197,7 +200,23 @@ impl Default for RuntimeConfig {
             libexec: "/opt/peregrine/libexec".into(),
             hand_off_timeout_seconds: 60,
             criu: "/usr/sbin/criu".into(),
+            criu_loader: None,
             limits_preload: None,
+        }
+    }
+}
+
+impl RuntimeConfig {
+    /// Program and first arguments that start CRIU. The folder of libraries is an argument and not in the environment, where
+    /// the node's own programs that CRIU starts (`tar`) would find it too.
+    #[must_use]
+    pub fn criu_command(&self) -> (&str, Vec<&str>) {
+        match self.criu_loader.as_deref() {
+            None => (&self.criu, vec![]),
+            Some(loader) => {
+                let libraries = loader.rsplit_once('/').map_or("", |(folder, _)| folder);
+                (loader, vec!["--library-path", libraries, &self.criu])
+            }
         }
     }
 }
@@ -219,5 +238,20 @@ mod tests {
         let file = hand_off.seal().unwrap();
         assert_eq!(HandOff::open(&file).unwrap(), hand_off);
         assert!(ShepherdReport::open(&file).is_err());
+    }
+
+    #[test]
+    fn a_criu_with_a_loader_is_started_by_it() {
+        let node = RuntimeConfig::default();
+        assert_eq!(node.criu_command(), ("/usr/sbin/criu", vec![]));
+        let own = RuntimeConfig {
+            criu: "/o/criu".into(),
+            criu_loader: Some("/o/loader".into()),
+            ..node
+        };
+        assert_eq!(
+            own.criu_command(),
+            ("/o/loader", vec!["--library-path", "/o", "/o/criu"])
+        );
     }
 }

@@ -15,7 +15,7 @@ use crate::agent::{
     write_hand_off,
 };
 use crate::container::{Container, await_end, cpu_time, eventually};
-use crate::node::settings;
+use crate::node::{settings, without_criu_of_the_node};
 
 type Case = (&'static str, fn());
 
@@ -47,6 +47,7 @@ pub(crate) const ALL: &[Case] = &[
     ),
     ("a_stranger_or_a_babbler_on_the_socket_is_refused", hostile_peer),
     ("multipath_tcp_is_off_in_a_sandbox", multipath_off),
+    ("a_node_without_criu_moves_by_that_of_the_agent", without_criu),
 ];
 
 fn source(uid: u32) -> Container {
@@ -154,6 +155,20 @@ fn moved_as_root() {
 
 fn moved_as_user() {
     move_and_check(1000);
+}
+
+fn without_criu() {
+    without_criu_of_the_node(|| {
+        let own = std::process::Command::new("/opt/peregrine/libexec/criu")
+            .arg("--version")
+            .output();
+        assert!(String::from_utf8_lossy(&own.unwrap().stdout).contains("Version:"));
+        assert!(
+            std::process::Command::new("/usr/sbin/criu").output().is_err(),
+            "the node has none"
+        );
+        move_and_check(1000);
+    });
 }
 
 fn moved_again() {
