@@ -207,6 +207,17 @@ impl Task {
         Decisions::new(self.ctx.client.clone(), self.whose.clone(), target, generation)
     }
 
+    /// Waits until the watch shows that the migration is committed.
+    async fn sees_commit(&self) {
+        let committed = |seen: &Seen| {
+            seen.migration.as_deref().and_then(hand_over::decided_in) == Some(hand_over::Decided::Committed)
+        };
+        // Without a watch nothing is seen.
+        if self.observed.clone().wait_for(committed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+
     /// Lets the decision of the object stop the forward steps of a session.
     fn follow_decision(&self, ledger: &Ledger) -> tokio::task::AbortHandle {
         let (mut observed, stop) = (self.observed.clone(), ledger.stop.clone());

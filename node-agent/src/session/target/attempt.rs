@@ -358,7 +358,14 @@ impl Attempt {
         let decisions = task.decisions(&self.brief.start);
         let begun = Instant::now();
         let swap = async { Ok(decisions.commit().await) };
-        match ledger.forward(Step::TargetCommit, swap).await {
+        // Nobody else commits. Where the watch shows it first, the reply was lost or is late: nothing is gained by waiting for it
+        // with everything stopped.
+        let decided = tokio::select! {
+            biased;
+            decided = ledger.forward(Step::TargetCommit, swap) => decided,
+            () = task.sees_commit() => Ok(Decided::Committed),
+        };
+        match decided {
             Ok(decided) => {
                 let commit_milliseconds = millis(begun);
                 task.publish(|half| {
