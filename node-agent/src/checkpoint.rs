@@ -218,6 +218,8 @@ impl Dump {
                 .and_then(|l| criu_errors::explain_log(&l))
                 .unwrap_or_else(|| crate::error::chain(&error));
             Error::Dump(self.name.clone(), why)
+            // A flag and not a line of the configuration: runc always says yes or no to it, and then that line does not count.
+            .arg("--link-remap")
         })
     }
 }

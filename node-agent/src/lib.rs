@@ -44,6 +44,7 @@ pub mod install;
 pub mod inventory;
 pub mod journal;
 pub mod metrics;
+pub mod nameless;
 pub mod node_status;
 pub mod outbox;
 pub mod peer;

@@ -386,6 +386,7 @@ fn lease(about: &About, owner: Option<OwnerReference>, now: Timestamp) -> Lease 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crds::migration_node::CriuStatus;
 
     fn about() -> About {
         About {

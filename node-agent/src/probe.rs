@@ -147,10 +147,11 @@ fn oci(runtime: &Path) -> Result<String, String> {
         "--manage-cgroups-mode",
         "--image-path",
         "--work-path",
+        "--link-remap",
     ] {
         if !help.contains(option) {
             return Err(format!(
-                "{} has no `checkpoint {option}`: install runc 1.2 or later",
+                "{} has no `checkpoint {option}`: install a newer runc (1.3 is known to work)",
                 runtime.display()
             ));
         }

@@ -29,7 +29,7 @@ use super::super::{
 };
 use super::{
     Brief,
-    checkpointing::{Maxima, reserve, send_metadata, send_pages, sending},
+    checkpointing::{Maxima, reserve, send_metadata, send_nameless, send_pages, sending},
     way_back::marker,
 };
 use crate::{
@@ -225,8 +225,14 @@ impl Attempt {
 
         say_step(task, Step::SourceCure);
         let (room, queue) = (room.clone(), outbox.clone());
-        let count = pod.containers.len();
-        let cure = async move { blocking(move || send_metadata(&room, count, &threads, &queue)).await? };
+        let pod = pod.clone();
+        let cure = async move {
+            blocking(move || {
+                send_nameless(&room, &pod, &queue)?;
+                send_metadata(&room, pod.containers.len(), &threads, &queue)
+            })
+            .await?
+        };
         ledger.forward(Step::SourceCure, cure).await?;
 
         say_step(task, Step::SourceComplete);

@@ -15,6 +15,7 @@ use crate::{
     checkpoint::{self, Room},
     cure, files,
     journal::FrozenThread,
+    nameless,
     outbox::Outbox,
     pod_on_node::{self, PodOnNode},
 };
@@ -149,6 +150,15 @@ pub(super) fn send_pages(
 /// Sends all other images, cured.
 pub(super) fn send_metadata(
     room: &Room,
+/// Sends the names of open files that only CRIU gave them.
+pub(super) fn send_nameless(room: &Room, pod: &PodOnNode, outbox: &Outbox) -> Result<(), Failed> {
+    for (container, place) in pod.containers.iter().zip(0u32..) {
+        nameless::send(&room.images(place), container, place, outbox)
+            .map_err(|e| Failed::because(Reason::CheckpointFailed, &e))?;
+    }
+    Ok(())
+}
+
     containers: usize,
     threads: &[FrozenThread],
     outbox: &Outbox,
