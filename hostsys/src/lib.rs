@@ -14,8 +14,10 @@
 //! | [`addresses`] | addresses of a network namespace |
 //! | [`perf`] | the held perf event |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
+//! | [`rcu`] | short grace periods during a freeze |
 //! | [`descriptor`] | what an open file is |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
+//! | [`warm_memory`] | free memory, ready before it is needed |
 
 pub mod addresses;
 pub mod beneath;
@@ -30,4 +32,6 @@ pub mod node_namespaces;
 pub mod perf;
 pub mod program;
 pub mod ptrace;
+pub mod rcu;
 pub mod sock_diag;
+pub mod warm_memory;

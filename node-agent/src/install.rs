@@ -5,6 +5,7 @@
 //! /opt/peregrine/lib/limits.so         preload for CRIU on machines that withhold CAP_SYS_RESOURCE
 //! /opt/peregrine/criu/<digest>/        CRIU of our image with its libraries, where the node has none
 //! /opt/peregrine/libexec/criu          the wrapper under another name: what runc finds as `criu`
+//! /opt/peregrine/libexec/tar           the same: what CRIU finds as `tar`
 //! /opt/peregrine/etc/runtime.json      settings of the wrapper
 //! /opt/peregrine/etc/installed.json    what was changed elsewhere, for the undo
 //! <folder that containerd imports>/peregrine.toml

@@ -201,10 +201,12 @@ pub async fn dial(tls: &PeerTls, endpoint: &str, node: &str) -> Result<ToTarget,
         .map_err(|_| slow())?
         .map_err(|e| Error::Connect(endpoint.to_owned(), e))?;
     tcp.set_nodelay(true).map_err(Error::Lost)?;
-    let stream = timeout(HANDSHAKE, TlsConnector::from(tls.client.clone()).connect(server, tcp))
+    let mut stream = timeout(HANDSHAKE, TlsConnector::from(tls.client.clone()).connect(server, tcp))
         .await
         .map_err(|_| slow())?
         .map_err(|e| Error::Tls(endpoint.to_owned(), e))?;
+    // A whole piece in one system call; rustls keeps 64 KiB unless told otherwise.
+    stream.get_mut().1.set_buffer_limit(Some(outbox::HEAD + outbox::PIECE));
     Ok(to_target(stream))
 }
 
@@ -589,6 +591,8 @@ mod tests {
             };
             say(FromSource::Manifest(Manifest {
                 containers: vec!["c".into()],
+                descriptors: Vec::new(),
+                memory_bytes: 1 << 20,
                 max_image_bytes: 1 << 30,
                 max_file_bytes: 0,
             }))

@@ -23,6 +23,7 @@ mod publish;
 mod shepherds;
 mod source;
 mod target;
+mod warm;
 
 use std::{
     collections::HashMap,
@@ -33,6 +34,7 @@ use std::{
 };
 
 use crds::{ProcessMigration, Reason};
+use hostsys::rcu::Hurry;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client, api::ListParams};
 use protocol::{
@@ -100,6 +102,8 @@ struct Task {
     /// The writer of this half; made when the object is first seen.
     publisher: Arc<Mutex<Option<Publisher>>>,
     inbound: mpsc::Receiver<Inbound>,
+    /// While the pod is frozen.
+    hurry: Mutex<Option<Hurry>>,
 }
 
 /// What the watch says.
@@ -169,6 +173,27 @@ impl Task {
     fn publish(&self, change: impl FnOnce(&mut Half)) {
         if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             p.change(change);
+        }
+    }
+
+    /// The pod is frozen from now on: the node does what makes it short.
+    fn freeze_begins(&self) {
+        let hurry = hostsys::rcu::hurry()
+            .inspect_err(|error| tracing::debug!(%error, "the kernel does not hurry"))
+            .ok();
+        *self.hurry.lock().unwrap_or_else(PoisonError::into_inner) = hurry;
+        self.quiet(true);
+    }
+
+    /// The freeze is over, or was none.
+    fn freeze_ends(&self) {
+        drop(self.hurry.lock().unwrap_or_else(PoisonError::into_inner).take());
+        self.quiet(false);
+    }
+
+    fn quiet(&self, on: bool) {
+        if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            p.quiet(on);
         }
     }
 
@@ -507,6 +532,7 @@ impl Sessions {
             observed: receiver,
             publisher: publisher.clone(),
             inbound: inbound_receiver,
+            hurry: Mutex::default(),
         };
         let handle = Handle {
             observed,

@@ -27,6 +27,12 @@ pub const SHEPHERD_DIR: &str = "/run/peregrine/shepherd";
 pub const SHEPHERD_FILE: &str = "shepherd.json";
 /// UNIX stream socket of a shepherd: one JSON [`Request`] a line, one [`State`] a line in return.
 pub const SHEPHERD_SOCKET: &str = "sock";
+/// UNIX stream socket beside the script `park`, on which the agent listens: what CRIU asks before it touches a pod.
+pub const PARK_SOCKET: &str = "park.sock";
+/// Name of that script, a link to the wrapper.
+pub const PARK: &str = "park";
+/// The byte that lets CRIU go on.
+pub const PARK_GO: u8 = b'g';
 /// `HAND_OFF_DIR/<pod uid>/<container>/used`: the hand-off was used; written by the wrapper, which refuses another one.
 pub const HAND_OFF_USED: &str = "used";
 /// `HAND_OFF_DIR/<pod uid>/aborted` (empty): written by the agent on an abort; a `create` that still waits fails at once.

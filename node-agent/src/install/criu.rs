@@ -80,13 +80,15 @@ pub fn install(host: &Host) -> Result<Option<Criu>, Error> {
     if !usable && host.image_has(IN_IMAGE) {
         found = Some(copy_from_image(host)?);
     }
-    // runc looks for `criu` by name: what it finds first is the wrapper, which becomes the real one.
-    let name = Path::new(LIBEXEC).join("criu");
-    if std::fs::read_link(&name).ok().as_deref() != Some(Path::new(WRAPPER)) {
-        files::remove(&name)?;
-        std::fs::create_dir_all(LIBEXEC)
-            .and_then(|()| std::os::unix::fs::symlink(WRAPPER, &name))
-            .map_err(|e| files::Error("link", name, e))?;
+    // runc looks for `criu` by name, and CRIU for `tar`: what they find first is the wrapper, which becomes the real one.
+    for name in ["criu", "tar"] {
+        let name = Path::new(LIBEXEC).join(name);
+        if std::fs::read_link(&name).ok().as_deref() != Some(Path::new(WRAPPER)) {
+            files::remove(&name)?;
+            std::fs::create_dir_all(LIBEXEC)
+                .and_then(|()| std::os::unix::fs::symlink(WRAPPER, &name))
+                .map_err(|e| files::Error("link", name, e))?;
+        }
     }
     Ok(found)
 }

@@ -10,6 +10,7 @@
 
 mod attempt;
 mod checkpointing;
+mod parked;
 mod way_back;
 
 use std::{
@@ -115,6 +116,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
         brief,
         frozen_at: None,
         link: None,
+        parked: Vec::new(),
+        warm: None,
         outside: 0,
     };
     let result = attempt.forward(task, &ledger).await;
@@ -125,6 +128,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
             settle(task, &ledger, &attempt.brief.start, decided, attempt.frozen_at, None).await;
         }
         Err(why) => {
+            // What still waits for the freeze ends, without having touched the pod.
+            attempt.parked.clear();
             if let Some(link) = &attempt.link {
                 let abandon = FromSource::Abandon {
                     reason: why.reason.clone(),
@@ -231,12 +236,16 @@ async fn settle(
     ledger.decided(committed, &why).await;
     tracing::info!(committed, reason = why.reason, message = why.message, "decided");
     match decided {
-        Decided::Committed => release(task, ledger, start, frozen_at).await,
+        Decided::Committed => {
+            task.freeze_ends();
+            release(task, ledger, start, frozen_at).await;
+        }
         Decided::Aborted(why) => {
             let frozen = match gone_back {
                 Some(frozen) => frozen,
                 None => go_back(task, ledger, start, frozen_at).await,
             };
+            task.freeze_ends();
             task.wait_until_seen().await;
             task.publish(|half| {
                 half.source.step = None;

@@ -9,6 +9,7 @@
 
 mod attempt;
 mod ends;
+mod parked;
 mod receive;
 mod restore;
 

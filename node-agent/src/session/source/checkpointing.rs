@@ -26,6 +26,8 @@ const SPARE: u64 = 256 << 20;
 /// Most bytes that may be sent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Maxima {
+    /// Bytes of memory that the pod has now.
+    pub(super) memory: u64,
     pub(super) images: u64,
     pub(super) files: u64,
 }
@@ -49,6 +51,7 @@ pub(super) fn reserve(pod_uid: &str, memory: u64, limit: u64, room: &Room) -> Re
         ));
     }
     let maxima = Maxima {
+        memory,
         images: (memory + memory / 4 + SPARE).min(most.max(SPARE)),
         files: {
             let uppers = pod.containers.iter().filter_map(|c| c.upper.as_deref());
@@ -147,9 +150,6 @@ pub(super) fn send_pages(
     Ok(())
 }
 
-/// Sends all other images, cured.
-pub(super) fn send_metadata(
-    room: &Room,
 /// Sends the names of open files that only CRIU gave them.
 pub(super) fn send_nameless(room: &Room, pod: &PodOnNode, outbox: &Outbox) -> Result<(), Failed> {
     for (container, place) in pod.containers.iter().zip(0u32..) {
@@ -159,6 +159,9 @@ pub(super) fn send_nameless(room: &Room, pod: &PodOnNode, outbox: &Outbox) -> Re
     Ok(())
 }
 
+/// Sends all other images, cured.
+pub(super) fn send_metadata(
+    room: &Room,
     containers: usize,
     threads: &[FrozenThread],
     outbox: &Outbox,

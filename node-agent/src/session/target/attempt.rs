@@ -11,6 +11,7 @@ use crds::{
     names,
     process_migration::{Party, cond},
 };
+use hostsys::warm_memory::WarmMemory;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use protocol::{
@@ -29,6 +30,7 @@ use super::super::{
 };
 use super::{
     Brief,
+    parked::park,
     receive::{Incoming, Received, Targets, manifest_order, reserve, write_all},
     restore::{adjust, hold_packets, restore},
 };
@@ -95,9 +97,13 @@ impl Attempt {
         let reserved = ledger
             .forward(Step::TargetReserve, reserve(&mut link, &place, room.clone(), limit))
             .await;
-        let (order, facts);
+        let (order, facts, memory, descriptors);
         match reserved {
-            Ok(manifest) => order = manifest_order(&manifest, &place)?,
+            Ok((manifest, ready)) => {
+                order = manifest_order(&manifest, &place)?;
+                memory = ready;
+                descriptors = manifest.descriptors;
+            }
             Err(why) => {
                 self.link = Some(link);
                 return Err(why);
@@ -111,9 +117,17 @@ impl Attempt {
             self.link = Some(link);
             return Err(why);
         }
+        let parked = match park(ledger, &room, &place, &order, &descriptors).await {
+            Ok(parked) => parked,
+            Err(why) => {
+                self.link = Some(link);
+                return Err(why);
+            }
+        };
+        say_step(task, Step::TargetReceive);
+        task.freeze_begins();
         say(&link.say, FromTarget::ManifestAccepted).await?;
 
-        say_step(task, Step::TargetReceive);
         let (_, nothing) = mpsc::channel(1);
         let events = std::mem::replace(&mut link.events, nothing);
         let incoming = Incoming {
@@ -122,7 +136,7 @@ impl Attempt {
             end: link.end.clone(),
         };
         self.link = Some(link);
-        let receive = self.receive(ledger, incoming, &room, &place, &order);
+        let receive = self.receive(ledger, incoming, &room, &place, &order, memory);
         let (received, frozen_at) = ledger.forward(Step::TargetReceive, receive).await?;
         facts = received.facts;
         self.frozen_at = Some(frozen_at);
@@ -143,7 +157,7 @@ impl Attempt {
         ledger
             .forward(
                 Step::TargetRestore,
-                restore(ledger, &room, &place, &order, facts.addresses.clone()),
+                restore(ledger, &room, &place, &order, facts.addresses.clone(), parked),
             )
             .await?;
         let restore_milliseconds = millis(restoring);
@@ -312,6 +326,7 @@ impl Attempt {
         room: &Room,
         place: &Ground,
         order: &[usize],
+        memory: Option<WarmMemory>,
     ) -> Result<(Received, Instant), Failed> {
         let targets = Targets {
             images: (0u32..).take(order.len()).map(|i| room.images(i)).collect(),
@@ -332,7 +347,7 @@ impl Attempt {
                 room.make_folders(place)
                     .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
             }
-            write_all(incoming, &targets, &stopped)
+            write_all(incoming, &targets, memory, &stopped)
         });
         let joined = tokio::select! {
             joined = &mut writer => joined,
