@@ -43,6 +43,8 @@ use crate::{
 
 /// How long the kubelet may take to call `create` for every container.
 const SHEPHERDS: Duration = Duration::from_secs(300);
+/// How much later than the watch the reply to the commit may come.
+const LATE_REPLY: Duration = Duration::from_secs(1);
 /// Between two looks for shepherds.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -373,12 +375,16 @@ impl Attempt {
         let decisions = task.decisions(&self.brief.start);
         let begun = Instant::now();
         let swap = async { Ok(decisions.commit().await) };
-        // Nobody else commits. Where the watch shows it first, the reply was lost or is late: nothing is gained by waiting for it
-        // with everything stopped.
+        // Nobody else commits. Where the watch has shown it for a while, the reply was lost or is late: nothing is gained by waiting
+        // for it with everything stopped.
+        let shown = async {
+            task.sees_commit().await;
+            tokio::time::sleep(LATE_REPLY).await;
+        };
         let decided = tokio::select! {
             biased;
             decided = ledger.forward(Step::TargetCommit, swap) => decided,
-            () = task.sees_commit() => Ok(Decided::Committed),
+            () = shown => Ok(Decided::Committed),
         };
         match decided {
             Ok(decided) => {
