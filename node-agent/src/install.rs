@@ -173,7 +173,7 @@ fn write_runtime_config(oci_runtime: &Path, criu: Option<&criu::Criu>) -> Result
         oci_runtime: text(oci_runtime),
         libexec: LIBEXEC.to_owned(),
         hand_off_timeout_seconds: HAND_OFF_TIMEOUT_SECONDS,
-        limits_preload: criu::limits_preload().as_deref().map(text),
+        preload: criu::preload().as_deref().map(text),
         // A node without CRIU has no targets; the default's name is for the error text.
         ..criu.map(criu::Criu::settings).unwrap_or_default()
     };

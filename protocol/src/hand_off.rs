@@ -194,9 +194,9 @@ pub struct RuntimeConfig {
     /// The loader that starts it, absolute, with CRIU's libraries beside it. Absent: the node's own CRIU, which the node's
     /// loader starts.
     pub criu_loader: Option<String>,
-    /// Library that is preloaded into CRIU where the node's CRIU may not ask for the limits of other users' processes
-    /// (no CAP_SYS_RESOURCE); absolute, absent where it is not needed.
-    pub limits_preload: Option<String>,
+    /// Library that is preloaded into CRIU: it answers for the limits of other users' processes where CRIU may not ask for
+    /// them (no CAP_SYS_RESOURCE), and saves a walk through the connection tracking. Absolute; absent where there is none.
+    pub preload: Option<String>,
 }
 
 impl Default for RuntimeConfig {
@@ -207,7 +207,7 @@ impl Default for RuntimeConfig {
             hand_off_timeout_seconds: 60,
             criu: "/usr/sbin/criu".into(),
             criu_loader: None,
-            limits_preload: None,
+            preload: None,
         }
     }
 }

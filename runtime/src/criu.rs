@@ -24,7 +24,7 @@ pub fn become_criu(settings: &RuntimeConfig, arguments: &[OsString]) -> program:
 
 fn environment(settings: &RuntimeConfig) -> Vec<(OsString, OsString)> {
     settings
-        .limits_preload
+        .preload
         .iter()
         .map(|library| ("LD_PRELOAD".into(), library.into()))
         .collect()

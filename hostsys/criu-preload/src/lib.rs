@@ -1,4 +1,5 @@
-//! Preloaded into CRIU on machines where it lacks CAP_SYS_RESOURCE: answers its question for another user's limits.
+//! Preloaded into CRIU: answers its question for another user's limits where it lacks CAP_SYS_RESOURCE, and saves it a long
+//! walk through the kernel's connection tracking (see `conntrack`).
 //!
 //! CRIU asks by `syscall(SYS_prlimit64, pid, resource, NULL, &old)`. Without the capability the kernel answers EPERM for a
 //! process of another uid, so no container that runs as an ordinary user could be dumped. `/proc/PID/limits` says the same to
@@ -14,6 +15,7 @@
 
 use core::ffi::{c_int, c_long, c_void};
 
+mod conntrack;
 mod limits;
 mod raw;
 
@@ -62,10 +64,58 @@ pub unsafe extern "C" fn syscall(
         }
         result = 0;
     }
+    // SAFETY: this is libc's thread, as the caller's.
+    unsafe { as_libc(result) }
+}
+
+/// The result of a call as libc gives it.
+///
+/// # Safety
+/// The thread must be one that libc knows.
+unsafe fn as_libc(result: c_long) -> c_long {
     if (-4095..0).contains(&result) {
         // SAFETY: libc's own place of errno for this thread.
         unsafe { *__errno_location() = -result as c_int };
         return -1;
     }
     result
+}
+
+/// `struct msghdr`, as far as it is looked at.
+#[repr(C)]
+struct Message {
+    name: *const c_void,
+    name_len: u32,
+    parts: *const Part,
+    count: usize,
+}
+
+/// `struct iovec`.
+#[repr(C)]
+struct Part {
+    start: *mut c_void,
+    len: usize,
+}
+
+/// Stands for libc's `sendmsg`.
+///
+/// # Safety
+/// As for the system call.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub unsafe extern "C" fn sendmsg(socket: c_int, message: *const c_void, flags: c_int) -> c_long {
+    // SAFETY: the caller gives a `struct msghdr`, or the kernel would refuse.
+    if let Some(message) = unsafe { message.cast::<Message>().as_ref() }
+        && message.count == 1
+        // SAFETY: it has one part.
+        && let Some(part) = unsafe { message.parts.as_ref() }
+        && part.len == 20
+        && part.start.cast::<conntrack::Header>().is_aligned()
+        // SAFETY: a part of 20 bytes holds a header of 16, which is the caller's own request.
+        && let Some(header) = unsafe { part.start.cast::<conntrack::Header>().as_mut() }
+    {
+        conntrack::ask_for_nothing(header);
+    }
+    let arguments = [c_long::from(socket), message as c_long, c_long::from(flags), 0, 0, 0];
+    // SAFETY: as the caller gave it; the result is libc's.
+    unsafe { as_libc(raw::call(raw::SENDMSG, arguments)) }
 }

@@ -145,11 +145,17 @@ pub(super) fn remove_others(used: Option<&Criu>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The library to preload, where it is needed and there is one: CRIU asks for the limits of processes of other users with
+/// The library that is preloaded into CRIU, where the image has brought it.
+#[must_use]
+pub fn preload() -> Option<PathBuf> {
+    Path::new(LIMITS).is_file().then(|| LIMITS.into())
+}
+
+/// The same, where CRIU cannot do without: CRIU asks for the limits of processes of other users with
 /// prlimit(2), for which the kernel demands CAP_SYS_RESOURCE. Some machines withhold it even from root.
 #[must_use]
 pub fn limits_preload() -> Option<PathBuf> {
-    (!may_ask_for_limits() && Path::new(LIMITS).is_file()).then(|| LIMITS.into())
+    preload().filter(|_| !may_ask_for_limits())
 }
 
 /// Whether this machine gives us CAP_SYS_RESOURCE.

@@ -238,7 +238,7 @@ pub(crate) fn without_criu_of_the_node(what: impl FnOnce()) {
 
 fn write_settings(settings: RuntimeConfig) {
     let settings = RuntimeConfig {
-        limits_preload: Some("/opt/peregrine/lib/limits.so".into()),
+        preload: Some("/opt/peregrine/lib/limits.so".into()),
         ..settings
     };
     fs::write(RUNTIME_CONFIG, serde_json::to_vec(&settings).unwrap()).unwrap();
