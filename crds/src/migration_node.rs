@@ -28,6 +28,7 @@ pub mod cond {
     printcolumn = r#"{"name":"Compatible","type":"string","jsonPath":".status.conditions[?(@.type=='Compatible')].status"}"#,
     printcolumn = r#"{"name":"Kernel","type":"string","jsonPath":".status.kernel.release"}"#,
     printcolumn = r#"{"name":"CRIU","type":"string","jsonPath":".status.criu.version"}"#,
+    printcolumn = r#"{"name":"CRIU Path","type":"string","jsonPath":".status.criu.path","priority":1}"#,
     printcolumn = r#"{"name":"Runtime","type":"string","jsonPath":".status.runtime.version","priority":1}"#,
     printcolumn = r#"{"name":"Message","type":"string","jsonPath":".status.conditions[?(@.type=='Compatible')].message","priority":1}"#,
     printcolumn = r#"{"name":"Age","type":"date","jsonPath":".metadata.creationTimestamp"}"#
@@ -132,6 +133,9 @@ pub struct CriuStatus {
     /// Path on the node.
     #[serde(default)]
     pub path: String,
+    /// Whether the agent brought it in its image, because the node has none or one that is too old.
+    #[serde(default)]
+    pub from_agent_image: bool,
     /// Whether `prlimit64` is answered from /proc/PID/limits because the machine withholds CAP_SYS_RESOURCE.
     #[serde(default)]
     pub limits_from_proc: bool,

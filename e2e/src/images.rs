@@ -56,12 +56,14 @@ impl Images {
         let folder = parts::home()?.join("images");
         std::fs::create_dir_all(&folder).with_context(|| format!("cannot make the folder {}", folder.display()))?;
         let work = Work { folder: &folder };
+        let mut agent_files = vec![("/limits.so".to_owned(), limits_library()?)];
+        agent_files.extend(criu(&folder.join("criu"))?);
         Ok(Self {
             operator: work.image("operator", &[("operator", "/operator")], &[], "65532:65532")?,
             agent: work.image(
                 "node-agent",
                 &[("node-agent", "/node-agent"), ("peregrine-runc", "/peregrine-runc")],
-                &[("/limits.so", limits_library()?)],
+                &agent_files,
                 "",
             )?,
             workload: work.image("workload", &[("workload", "/workload")], &[], "")?,
@@ -109,13 +111,13 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn image(&self, name: &str, programs: &[(&str, &str)], files: &[(&str, PathBuf)], user: &str) -> Result<Built> {
+    fn image(&self, name: &str, programs: &[(&str, &str)], files: &[(String, PathBuf)], user: &str) -> Result<Built> {
         let mut entries = Vec::new();
         for (program, to) in programs {
             entries.push(Entry::program(to, self.stripped(program)?));
         }
         for (to, from) in files {
-            entries.push(Entry::program(to, from));
+            entries.push(Entry::program(to, from.clone()));
         }
         let entrypoint = programs.iter().map(|(_, to)| (*to).to_owned()).take(1).collect();
         let mut image = Image {
@@ -227,6 +229,38 @@ fn build_programs() -> Result<()> {
         String::from_utf8_lossy(&output.stderr).trim()
     );
     Ok(())
+}
+
+/// CRIU for nodes that have none, made as the Dockerfile makes it, from the nodes' Debian tree. Without one (a cluster that is
+/// not ours) the agent's image has none.
+fn criu(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let tree = parts::Parts::expected(&parts::home()?)?.tree;
+    if !tree.exists() {
+        return Ok(Vec::new());
+    }
+    // What an earlier tree had and this one has not must not stay.
+    if folder.exists() {
+        std::fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    let script = checkout()?.join("node-agent/criu-bundle.sh");
+    let output = Command::new("sh")
+        .args([&script, &tree, &folder.to_path_buf()])
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {}", script.display()))?;
+    ensure!(
+        output.status.success(),
+        "cannot take CRIU out of {}: {}",
+        tree.display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    let entries = std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))?;
+    let mut files: Vec<(String, PathBuf)> = entries
+        .flatten()
+        .map(|entry| (format!("/criu/{}", entry.file_name().to_string_lossy()), entry.path()))
+        .collect();
+    files.sort();
+    Ok(files)
 }
 
 /// The library for machines without CAP_SYS_RESOURCE. It is loaded into a dynamically linked CRIU: flags of its own, a target folder of its own.

@@ -201,6 +201,57 @@ pub fn nothing_left(stage: &Stage) -> Result<()> {
     })
 }
 
+/// Where things of a migration lie on a node, each named after it or after one of its pods.
+const FOLDERS: [&str; 4] = [
+    "/run/peregrine/images",
+    "/run/peregrine/hand-off",
+    "/var/lib/peregrine/journal",
+    "/var/lib/peregrine/moved-away",
+];
+
+/// I5 while others are under way: on no node is anything left that is named after this settled migration, and it is let go.
+///
+/// # Errors
+/// What is left, and where.
+pub fn nothing_left_of(stage: &Stage, migration: &ProcessMigration) -> Result<()> {
+    let names = uids(migration);
+    let name = migration.metadata.name.clone().unwrap_or_default();
+    stage.wait(&format!("everything of {name} to be cleaned up"), CLEAN, || {
+        let mut left = Vec::new();
+        let held = stage
+            .find::<ProcessMigration>(NAMESPACE, &name)?
+            .is_some_and(|now| now.metadata.finalizers.is_some_and(|finalizers| !finalizers.is_empty()));
+        if held {
+            left.push("its finalizer".to_owned());
+        }
+        for node in stage.nodes() {
+            for folder in FOLDERS {
+                // Not made yet, where nothing was ever moved.
+                for entry in std::fs::read_dir(stage.path_on_node(node, folder)?)
+                    .into_iter()
+                    .flatten()
+                {
+                    let file = entry?.file_name().to_string_lossy().into_owned();
+                    if names.iter().any(|name| file.contains(name)) {
+                        left.push(format!("{node}: {folder}/{file}"));
+                    }
+                }
+            }
+        }
+        ensure!(left.is_empty(), "left: {}", left.join("; "));
+        Ok(())
+    })
+}
+
+/// What things of a migration are named after: itself and its pods.
+fn uids(migration: &ProcessMigration) -> Vec<String> {
+    let status = migration.status.clone().unwrap_or_default();
+    let source = status.source.and_then(|half| half.pod_uid);
+    let target = status.target.and_then(|half| half.pod_uid);
+    let own = migration.metadata.uid.clone();
+    own.into_iter().chain(source).chain(target).collect()
+}
+
 /// Whether a line of [`RESIDUE`] is of something that should be gone: a shepherd stands for its container as long as that lives, a journal may
 /// be of a migration under way.
 fn is_residue(line: &str, containers: &BTreeSet<String>, under_way: &BTreeSet<String>) -> bool {

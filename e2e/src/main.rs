@@ -27,9 +27,6 @@ enum Command {
         /// On the cluster of KUBECONFIG, without faults of nodes
         #[arg(long)]
         any_cluster: bool,
-        /// Play the long enumerations as well
-        #[arg(long)]
-        long: bool,
     },
     /// Talk nonsense to an agent
     #[command(hide = true)]
@@ -77,12 +74,10 @@ fn main() -> ExitCode {
                 only,
                 list,
                 any_cluster,
-                long,
             } => scenario::run(&scenario::Settings {
                 only,
                 list,
                 any_cluster,
-                long,
             })
             .map(|outcome| {
                 if outcome.failed == 0 {

@@ -23,6 +23,15 @@ use std::time::Duration;
 use anyhow::Result;
 use stage::Stage;
 
+/// Scenarios that follow each other and are of the same company are played side by side: most of their time they wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Company {
+    /// Its name.
+    pub name: &'static str,
+    /// How many of it are played at once.
+    pub lanes: usize,
+}
+
 /// One thing that must be shown.
 #[derive(Clone, Debug)]
 pub struct Scenario {
@@ -30,8 +39,8 @@ pub struct Scenario {
     pub name: String,
     /// Whether nodes are broken: only possible on our own cluster.
     pub needs_own_cluster: bool,
-    /// Part of an enumeration that takes longer than the gate may: played on request only.
-    pub long: bool,
+    /// Whether it may be played beside others.
+    pub company: Option<Company>,
     /// How long it may take.
     pub limit: Duration,
     /// What it does.
@@ -46,7 +55,7 @@ impl Scenario {
         Self {
             name: name.into(),
             needs_own_cluster: false,
-            long: false,
+            company: None,
             limit: Duration::from_secs(180),
             play,
             case: String::new(),
@@ -61,9 +70,12 @@ impl Scenario {
         }
     }
 
-    /// It is played on request only.
-    fn long(self) -> Self {
-        Self { long: true, ..self }
+    /// It is played beside others of its company.
+    fn beside(self, company: Company) -> Self {
+        Self {
+            company: Some(company),
+            ..self
+        }
     }
 
     /// It breaks nodes.
@@ -84,7 +96,7 @@ pub fn all() -> Vec<Scenario> {
         policies::scenarios(),
         cancel::scenarios(),
         crashes::scenarios(),
-        steps::scenarios().into_iter().map(Scenario::long).collect(),
+        steps::scenarios(),
         hostile::scenarios(),
         lifecycle::scenarios(),
     ]

@@ -15,6 +15,7 @@
 //! | [`pagemap`] | which pages of a process are there, and which were written |
 //! | [`perf`] | the held perf event |
 //! | [`ptrace`] | a stopped thread; a system call that begins again |
+//! | [`rcu`] | short grace periods during a freeze |
 //! | [`descriptor`] | what an open file is |
 //! | [`missing_pages`] | missing pages of other processes |
 //! | [`kin`], [`shared_words`] | processes that share descriptors and a little memory |
@@ -22,6 +23,7 @@
 //! | [`rights`] | descriptors sent over sockets |
 //! | [`sock_diag`] | sockets of a network namespace by netlink |
 //! | [`userfaultfd`] | one of another process, made by ptrace |
+//! | [`warm_memory`] | free memory, ready before it is needed |
 
 pub mod addresses;
 pub mod beneath;
@@ -40,7 +42,9 @@ pub mod pagemap;
 pub mod perf;
 pub mod program;
 pub mod ptrace;
+pub mod rcu;
 pub mod rights;
 pub mod shared_words;
 pub mod sock_diag;
 pub mod userfaultfd;
+pub mod warm_memory;

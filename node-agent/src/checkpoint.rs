@@ -2,11 +2,14 @@
 //!
 //! - The container is frozen before; `--leave-running` and CRIU's own care for a cgroup that it finds frozen leave it so.
 //! - `network-lock skip` is right because we drop every packet of the pod ourselves (see `hostsys::nft`).
+//! - It is started before the freeze and parked: CRIU asks a script of ours before it looks at the first process, which saves
+//!   the start of runc and of CRIU from the freeze (40 ms of them on two processors).
 //! - It runs in a cgroup of its own, outside of the agent's: a kill of the agent or of its pod in the middle of a dump
 //!   would kill CRIU and leave its parasite in the workload. A restarted agent waits until that cgroup is empty.
 
 use std::{
     fs, io,
+    os::unix::{fs::symlink, net::UnixListener},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -18,7 +21,7 @@ use hostsys::{
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use protocol::{
     criu_errors,
-    hand_off::{RUNTIME_CONFIG, RuntimeConfig, SKIP_TRACKED},
+    hand_off::{PARK, PARK_SOCKET, RUNTIME_CONFIG, RuntimeConfig, SKIP_TRACKED},
 };
 
 use crate::pod_on_node::RUNC_ROOT;
@@ -189,7 +192,20 @@ pub fn dump_cgroup(uid: &str, container: usize) -> Result<PathBuf, Error> {
 }
 
 impl Dump {
-    /// Runs it to its end. Blocking.
+    /// Makes the place where it is parked. Until somebody accepts on the socket and writes [`PARK_GO`] it touches nothing; when
+    /// the socket is closed before, it ends.
+    ///
+    /// # Errors
+    /// [`Error::Folder`].
+    pub fn gate(&self, settings: &RuntimeConfig) -> Result<UnixListener, Error> {
+        let socket = self.work.join(PARK_SOCKET);
+        let script = self.work.join(PARK);
+        symlink(Path::new(&settings.libexec).join("criu"), &script)
+            .map_err(|e| Error::Folder("link", script.clone(), e))?;
+        UnixListener::bind(&socket).map_err(|e| Error::Folder("listen on", socket, e))
+    }
+
+    /// Runs it to its end, once its gate is open. Blocking.
     ///
     /// # Errors
     /// [`Error::Dump`] with CRIU's first error in plain words.
@@ -197,7 +213,11 @@ impl Dump {
         let own = Cgroup::at(&self.cgroup);
         own.create().map_err(Error::Cgroup)?;
         let config = self.work.join("criu.conf");
-        let mut text = String::from("network-lock skip\nghost-limit 256M\nlink-remap\n");
+        let script = self.work.join(PARK);
+        let mut text = format!(
+            "network-lock skip\nghost-limit 256M\nlink-remap\naction-script \"{}\"\n",
+            script.display()
+        );
         if self.close_connections {
             text.push_str("tcp-close\n");
         }
@@ -212,6 +232,8 @@ impl Dump {
             .arg("--work-path")
             .arg(&self.work)
             .args(["--ext-unix-sk", "--file-locks", "--manage-cgroups-mode", "ignore"])
+            // A flag and not a line of the configuration: runc always says yes or no to it, and then that line does not count.
+            .arg("--link-remap")
             // A connection that the program has not accepted yet cannot be dumped. It comes from outside, and the pod has
             // another address afterwards: it ends like the established ones, instead of failing the whole move.
             .arg("--tcp-skip-in-flight")

@@ -97,7 +97,7 @@ struct Field {
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Message(Vec<Field>);
+pub(crate) struct Message(Vec<Field>);
 
 fn varint(bytes: &mut &[u8]) -> Result<u64, Error> {
     let mut value = 0u64;
@@ -178,7 +178,7 @@ impl Message {
         out
     }
 
-    fn number(&self, number: u64) -> Option<u64> {
+    pub(crate) fn number(&self, number: u64) -> Option<u64> {
         self.0.iter().rev().find_map(|f| match f.value {
             Value::Varint(v) if f.number == number => Some(v),
             _ => None,
@@ -195,7 +195,7 @@ impl Message {
         }
     }
 
-    fn bytes_mut(&mut self, number: u64) -> Option<&mut Vec<u8>> {
+    pub(crate) fn bytes_mut(&mut self, number: u64) -> Option<&mut Vec<u8>> {
         self.0.iter_mut().find_map(|f| match &mut f.value {
             Value::Bytes(b) if f.number == number => Some(b),
             _ => None,
@@ -203,7 +203,11 @@ impl Message {
     }
 
     /// Changes a message inside this one; says whether it did.
-    fn edit(&mut self, number: u64, change: impl FnOnce(&mut Message) -> Result<bool, Error>) -> Result<bool, Error> {
+    pub(crate) fn edit(
+        &mut self,
+        number: u64,
+        change: impl FnOnce(&mut Message) -> Result<bool, Error>,
+    ) -> Result<bool, Error> {
         let Some(bytes) = self.bytes_mut(number) else {
             return Ok(false);
         };
@@ -217,7 +221,7 @@ impl Message {
 }
 
 /// Changes each entry of an image; `None` where nothing changed.
-fn each_entry(
+pub(crate) fn each_entry(
     image: &[u8],
     mut change: impl FnMut(&mut Message) -> Result<bool, Error>,
 ) -> Result<Option<Vec<u8>>, Error> {

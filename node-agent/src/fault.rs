@@ -1,16 +1,21 @@
 //! Faults for tests only: a step is killed, fails or hangs before or after its effect. Refused unless the agent runs with
 //! `--enable-fault-injection`; nothing of this is read otherwise.
 //!
-//! A fault is `STEP:before|after:kill|fail|hang`, for example `source.freeze:after:kill`. It comes from the environment
-//! (`PEREGRINE_FAULT`, once for each boot of the node) or, to arm a running agent, from the file [`ARMED`]. It strikes once:
-//! the file is removed before it does.
+//! A fault is `STEP:before|after:kill|fail|hang[:MIGRATION]`, for example `source.freeze:after:kill`; one that names a migration
+//! strikes nobody else. It comes from the environment (`PEREGRINE_FAULT`, once for each boot of the node) or, to arm a running
+//! agent, from the file [`ARMED`] or any file in the folder [`ARMED_FOLDER`]. It strikes once: the file is removed before it does.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use crate::decide::step::Step;
 
 /// A scenario writes a fault into this file on the node.
 pub const ARMED: &str = "/run/peregrine/fault";
+/// Or into a file of this folder, where several are to strike on one node.
+pub const ARMED_FOLDER: &str = "/run/peregrine/faults";
 /// Faults of the environment that have struck since the node was booted.
 const STRUCK: &str = "/run/peregrine/fault-struck";
 
@@ -35,7 +40,7 @@ pub enum Action {
 }
 
 /// One fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// The step.
     pub step: Step,
@@ -43,18 +48,21 @@ pub struct Fault {
     pub when: When,
     /// What happens.
     pub action: Action,
+    /// Name of the only migration that it is meant for.
+    pub migration: Option<String>,
 }
 
 impl Fault {
-    /// Reads `STEP:before|after:kill|fail|hang`.
+    /// Reads `STEP:before|after:kill|fail|hang[:MIGRATION]`.
     ///
     /// # Errors
     /// One sentence that says what is wrong.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let mut parts = text.trim().split(':');
-        let (Some(step), Some(when), Some(action), None) = (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(format!("{text:?} is not STEP:before|after:kill|fail|hang"));
+        let parts: Vec<&str> = text.trim().split(':').collect();
+        let (step, when, action, migration) = match parts.as_slice() {
+            [step, when, action] => (*step, *when, *action, None),
+            [step, when, action, migration] if !migration.is_empty() => (*step, *when, *action, Some(*migration)),
+            _ => return Err(format!("{text:?} is not STEP:before|after:kill|fail|hang[:MIGRATION]")),
         };
         let step =
             Step::parse(step).ok_or_else(|| format!("{step:?} is no step: `node-agent steps` prints all of them"))?;
@@ -69,7 +77,16 @@ impl Fault {
             "hang" => Action::Hang,
             other => return Err(format!("{other:?} is none of kill, fail, hang")),
         };
-        Ok(Self { step, when, action })
+        Ok(Self {
+            step,
+            when,
+            action,
+            migration: migration.map(str::to_owned),
+        })
+    }
+
+    fn is_for(&self, step: Step, when: When, migration: &str) -> bool {
+        (self.step, self.when) == (step, when) && self.migration.as_deref().is_none_or(|name| name == migration)
     }
 }
 
@@ -102,26 +119,44 @@ impl Faults {
         })
     }
 
-    /// The fault that strikes now, if one does; it will not strike again.
+    /// Whether any may ever strike.
     #[must_use]
-    pub fn strikes(&self, step: Step, when: When) -> Option<Action> {
+    pub fn are_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// What strikes this step of a migration now, if something does; it will not strike again.
+    #[must_use]
+    pub fn strikes(&self, step: Step, when: When, migration: &str) -> Option<Action> {
         if !self.enabled {
             return None;
         }
-        if let Ok(text) = fs::read_to_string(ARMED)
-            && let Ok(fault) = Fault::parse(&text)
-            && (fault.step, fault.when) == (step, when)
-            && fs::remove_file(ARMED).is_ok()
-        {
-            return Some(fault.action);
+        for path in armed(Path::new(ARMED), Path::new(ARMED_FOLDER)) {
+            if let Some(action) = take(&path, step, when, migration) {
+                return Some(action);
+            }
         }
         let (text, fault) = self.environment.as_ref()?;
-        if (fault.step, fault.when) != (step, when) || struck(text) {
+        if !fault.is_for(step, when, migration) || struck(text) {
             return None;
         }
         mark(text);
         Some(fault.action)
     }
+}
+
+/// Files that may hold a fault.
+fn armed(file: &Path, folder: &Path) -> Vec<PathBuf> {
+    let several = fs::read_dir(folder).into_iter().flatten().flatten();
+    std::iter::once(file.to_owned())
+        .chain(several.map(|entry| entry.path()))
+        .collect()
+}
+
+/// What the fault in a file does to this step; of several that look at once only one gets it.
+fn take(path: &Path, step: Step, when: When, migration: &str) -> Option<Action> {
+    let fault = Fault::parse(&fs::read_to_string(path).ok()?).ok()?;
+    (fault.is_for(step, when, migration) && fs::remove_file(path).is_ok()).then_some(fault.action)
 }
 
 fn struck(text: &str) -> bool {
@@ -148,10 +183,38 @@ mod tests {
         for step in Step::ALL {
             let fault = Fault::parse(&format!("{}:after:hang", step.name())).unwrap();
             assert_eq!(
-                (fault.step, fault.when, fault.action),
-                (*step, When::After, Action::Hang)
+                (fault.step, fault.when, fault.action, fault.migration),
+                (*step, When::After, Action::Hang, None)
             );
         }
+    }
+
+    #[test]
+    fn a_fault_strikes_once_and_only_whom_it_is_meant_for() {
+        let folder = std::env::temp_dir().join(format!("peregrine-fault-{}", std::process::id()));
+        let (file, several) = (folder.join("fault"), folder.join("faults"));
+        assert_eq!(armed(&file, &several), std::slice::from_ref(&file));
+        fs::create_dir_all(&several).unwrap();
+        let one = several.join("one");
+        fs::write(&one, "source.freeze:after:fail:web-1\n").unwrap();
+        fs::write(several.join("two"), "nonsense").unwrap();
+        let strikes = |step, when, migration: &str| {
+            let mut files = armed(&file, &several);
+            files.sort();
+            files.iter().find_map(|path| take(path, step, when, migration))
+        };
+        for (step, when, migration) in [
+            (Step::SourceThaw, When::After, "web-1"),
+            (Step::SourceFreeze, When::Before, "web-1"),
+            (Step::SourceFreeze, When::After, "web-2"),
+        ] {
+            assert_eq!(strikes(step, when, migration), None, "{step:?} {when:?} {migration}");
+        }
+        assert_eq!(strikes(Step::SourceFreeze, When::After, "web-1"), Some(Action::Fail));
+        assert_eq!(strikes(Step::SourceFreeze, When::After, "web-1"), None);
+        fs::write(&file, "source.freeze:after:kill").unwrap();
+        assert_eq!(strikes(Step::SourceFreeze, When::After, "web-2"), Some(Action::Kill));
+        fs::remove_dir_all(&folder).unwrap();
     }
 
     #[test]
@@ -162,9 +225,15 @@ mod tests {
             "source.freeze:now:kill",
             "source.freeze:before:burn",
             "x:before:kill",
+            "source.freeze:before:kill:",
+            "source.freeze:before:kill:web:1",
         ] {
             assert!(Fault::parse(bad).is_err(), "{bad}");
         }
-        assert!(Faults::none().strikes(Step::SourceFreeze, When::Before).is_none());
+        assert!(
+            Faults::none()
+                .strikes(Step::SourceFreeze, When::Before, "web")
+                .is_none()
+        );
     }
 }

@@ -83,6 +83,11 @@ fn join(folder: &Path, name: &OsStr) -> PathBuf {
     }
 }
 
+/// Whether CRIU gives such names to open files that have lost theirs, while it dumps.
+fn is_of_the_dump(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"link_remap.")
+}
+
 /// A tree that is sent.
 struct Walk<'a> {
     upper: Beneath,
@@ -149,7 +154,15 @@ impl Walk<'_> {
             if self.canceled.load(Ordering::Acquire) {
                 return Err(Error::Canceled);
             }
-            self.name(whole, &join(folder, &name))?;
+            let path = join(folder, &name);
+            match self.name(whole, &path) {
+                // CRIU's own, for the time of the dump that runs meanwhile: `nameless` sends what is needed of it.
+                Err(error) if is_of_the_dump(&name) && self.tree(whole).stat(&path).is_err() => {
+                    tracing::debug!(%error, path = %path.display(), "gone with the dump");
+                    self.names.retain(|_, first| *first != path);
+                }
+                result => result?,
+            }
         }
         Ok(())
     }

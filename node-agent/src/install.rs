@@ -3,7 +3,9 @@
 //! ```text
 //! /opt/peregrine/bin/peregrine-runc    the wrapper, from our image
 //! /opt/peregrine/lib/limits.so         preload for CRIU on machines that withhold CAP_SYS_RESOURCE
+//! /opt/peregrine/criu/<digest>/        CRIU of our image with its libraries, where the node has none
 //! /opt/peregrine/libexec/criu          the wrapper under another name: what runc finds as `criu`
+//! /opt/peregrine/libexec/tar           the same: what CRIU finds as `tar`
 //! /opt/peregrine/etc/runtime.json      settings of the wrapper
 //! /opt/peregrine/etc/installed.json    what was changed elsewhere, for the undo
 //! <folder that containerd imports>/peregrine.toml
@@ -38,8 +40,6 @@ pub const WRAPPER: &str = "/opt/peregrine/bin/peregrine-runc";
 pub const LIMITS: &str = "/opt/peregrine/lib/limits.so";
 /// Folder that is put first in PATH for checkpoints and restores.
 pub const LIBEXEC: &str = "/opt/peregrine/libexec";
-/// CRIU from our image, on nodes that have none.
-pub const OWN_CRIU: &str = "/opt/peregrine/libexec/criu-own";
 /// How long `create` of a target waits for its hand-off. Longer than an agent's restart, shorter than the kubelet's two
 /// minutes, after which a pod with restartPolicy Never is failed for good.
 const HAND_OFF_TIMEOUT_SECONDS: u32 = 60;
@@ -78,7 +78,7 @@ pub struct Installed {
     /// The OCI runtime below the wrapper.
     pub oci_runtime: PathBuf,
     /// CRIU, where there is one.
-    pub criu: Option<PathBuf>,
+    pub criu: Option<criu::Criu>,
     /// The CRI socket.
     pub socket: PathBuf,
     /// Whether containerd was restarted for it just now.
@@ -128,7 +128,7 @@ struct Plan {
     containerd: Containerd,
     socket: PathBuf,
     oci_runtime: PathBuf,
-    criu: Option<PathBuf>,
+    criu: Option<criu::Criu>,
     /// Of what containerd reads: changes when a restart is needed.
     digest: String,
     restarted_for: Option<String>,
@@ -144,7 +144,8 @@ fn prepare(host: &Host) -> Result<Plan, Error> {
         copy_from_image(host, "/limits.so", LIMITS)?;
     }
     let criu = criu::install(host)?;
-    write_runtime_config(&oci_runtime, criu.as_deref())?;
+    write_runtime_config(&oci_runtime, criu.as_ref())?;
+    criu::remove_others(criu.as_ref())?;
     let drop_in = write_handler(&containerd, &before)?;
     let record = Record::read()?.unwrap_or_default();
     let text = files::read_optional(&drop_in)?.unwrap_or_default();
@@ -166,15 +167,15 @@ fn copy_from_image(host: &Host, from: &str, to: &str) -> Result<(), Error> {
     Ok(())
 }
 
-fn write_runtime_config(oci_runtime: &Path, criu: Option<&Path>) -> Result<(), Error> {
+fn write_runtime_config(oci_runtime: &Path, criu: Option<&criu::Criu>) -> Result<(), Error> {
     let text = |path: &Path| path.display().to_string();
     let config = RuntimeConfig {
         oci_runtime: text(oci_runtime),
         libexec: LIBEXEC.to_owned(),
         hand_off_timeout_seconds: HAND_OFF_TIMEOUT_SECONDS,
-        // A node without CRIU has no targets; the name is for the error text.
-        criu: criu.map_or_else(|| "/usr/sbin/criu".to_owned(), text),
-        limits_preload: criu::limits_preload().as_deref().map(text),
+        preload: criu::preload().as_deref().map(text),
+        // A node without CRIU has no targets; the default's name is for the error text.
+        ..criu.map(criu::Criu::settings).unwrap_or_default()
     };
     let text = serde_json::to_vec_pretty(&config).map_err(|_| Error::Interrupted)?;
     files::write_if_different(Path::new(RUNTIME_CONFIG), &text, 0o644)?;

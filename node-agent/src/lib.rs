@@ -46,6 +46,7 @@ pub mod install;
 pub mod inventory;
 pub mod journal;
 pub mod metrics;
+pub mod nameless;
 pub mod node_status;
 pub mod outbox;
 pub mod page_link;

@@ -130,14 +130,15 @@ pub fn status(known: &Known, about: &About, old: &MigrationNodeStatus, now: Time
     let (compatible, compatible_reason, compatible_message) = match &missing {
         None => (Status::Unknown, Reason::NodeNotReady, "not probed yet".to_owned()),
         Some(missing) if missing.is_empty() => {
-            let message = match known.probe.as_ref().and_then(|p| p.criu.as_ref()) {
-                Some(criu) if criu.limits_from_proc => {
-                    "everything that moves need was tried and works; the machine withholds CAP_SYS_RESOURCE, so CRIU reads \
-                     limits from /proc"
-                }
-                _ => "everything that moves need was tried and works",
-            };
-            (Status::True, Reason::NodeReady, message.to_owned())
+            let criu = known.probe.as_ref().and_then(|p| p.criu.as_ref());
+            let mut message = "everything that moves need was tried and works".to_owned();
+            if criu.is_some_and(|criu| criu.from_agent_image) {
+                message.push_str("; the node has no CRIU that can be used, so the agent brought its own");
+            }
+            if criu.is_some_and(|criu| criu.limits_from_proc) {
+                message.push_str("; the machine withholds CAP_SYS_RESOURCE, so CRIU reads limits from /proc");
+            }
+            (Status::True, Reason::NodeReady, message)
         }
         Some(missing) => (Status::False, Reason::NodeNotReady, missing.join("; ")),
     };
@@ -385,6 +386,7 @@ fn lease(about: &About, owner: Option<OwnerReference>, now: Timestamp) -> Lease 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crds::migration_node::CriuStatus;
 
     fn about() -> About {
         About {
@@ -417,6 +419,29 @@ mod tests {
         assert!(compatible.message.contains("CRIU") && compatible.message.contains("nftables"));
         let ready = condition::find(&status.conditions, cond::READY).unwrap();
         assert!(ready.message.contains("being installed") && ready.message.contains("no certificate"));
+    }
+
+    #[test]
+    fn a_node_that_uses_the_agents_criu_says_so() {
+        let message = |from_agent_image| {
+            let known = Known {
+                probe: Some(Probe {
+                    criu: Some(CriuStatus {
+                        from_agent_image,
+                        ..CriuStatus::default()
+                    }),
+                    ..Probe::default()
+                }),
+                ..Known::default()
+            };
+            let status = status(&known, &about(), &MigrationNodeStatus::default(), at(1));
+            condition::find(&status.conditions, cond::COMPATIBLE)
+                .unwrap()
+                .message
+                .clone()
+        };
+        assert!(message(true).contains("brought its own"));
+        assert!(!message(false).contains("brought its own"));
     }
 
     #[test]

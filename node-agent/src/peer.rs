@@ -202,10 +202,12 @@ pub async fn dial(tls: &PeerTls, endpoint: &str, node: &str) -> Result<ToTarget,
         .map_err(|_| slow())?
         .map_err(|e| Error::Connect(endpoint.to_owned(), e))?;
     tcp.set_nodelay(true).map_err(Error::Lost)?;
-    let stream = timeout(HANDSHAKE, TlsConnector::from(tls.client.clone()).connect(server, tcp))
+    let mut stream = timeout(HANDSHAKE, TlsConnector::from(tls.client.clone()).connect(server, tcp))
         .await
         .map_err(|_| slow())?
         .map_err(|e| Error::Tls(endpoint.to_owned(), e))?;
+    // A whole piece in one system call; rustls keeps 64 KiB unless told otherwise.
+    stream.get_mut().1.set_buffer_limit(Some(outbox::HEAD + outbox::PIECE));
     Ok(to_target(stream))
 }
 
@@ -445,7 +447,8 @@ pub async fn accept(tls: &PeerTls, tcp: TcpStream, from: SocketAddr) -> Result<A
         return Ok(Accepted::Pages(Incoming::new(stream, offer, names)));
     }
     // The machine of a session sees all of it, this frame too.
-    let header = frame::header(kind, len).map_err(|error| Error::Violation(Violation::Frame { state: "target", error }))?;
+    let header =
+        frame::header(kind, len).map_err(|error| Error::Violation(Violation::Frame { state: "target", error }))?;
     let first = [header.as_slice(), &content].concat();
     Ok(Accepted::Session(from_source_after(first, stream), names))
 }
@@ -617,6 +620,8 @@ mod tests {
             };
             say(FromSource::Manifest(Manifest {
                 containers: vec!["c".into()],
+                descriptors: Vec::new(),
+                memory_bytes: 1 << 20,
                 max_image_bytes: 1 << 30,
                 max_file_bytes: 0,
             }))

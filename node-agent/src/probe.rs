@@ -15,6 +15,8 @@ use hostsys::cgroup::{self, Cgroup};
 use hostsys::kernel_features;
 use hostsys::program::Program;
 
+use crate::install::criu::Criu;
+
 /// The freezer of cgroup v2: both ends of a move are held by it.
 const FREEZER: &str = "cgroup-v2-freezer";
 /// Ending connections by netlink.
@@ -90,7 +92,7 @@ pub fn machine() -> Probe {
 /// Tries everything, CRIU and the OCI runtime too: a second or less. `oci_runtime` and `criu` as the installation found
 /// them.
 #[must_use]
-pub fn everything(oci_runtime: Option<&Path>, criu: Option<&Path>) -> Probe {
+pub fn everything(oci_runtime: Option<&Path>, criu: Option<&Criu>) -> Probe {
     let mut probe = machine();
     match criu::probe(criu) {
         Ok(status) => probe.criu = Some(status),
@@ -145,10 +147,11 @@ fn oci(runtime: &Path) -> Result<String, String> {
         "--manage-cgroups-mode",
         "--image-path",
         "--work-path",
+        "--link-remap",
     ] {
         if !help.contains(option) {
             return Err(format!(
-                "{} has no `checkpoint {option}`: install runc 1.2 or later",
+                "{} has no `checkpoint {option}`: install a newer runc (1.3 is known to work)",
                 runtime.display()
             ));
         }

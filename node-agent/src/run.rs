@@ -101,6 +101,9 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
         destroys_sockets: hostsys::sock_diag::can_destroy(),
         faults: faults(&args)?,
     });
+    if let Err(error) = hostsys::rcu::calm_down() {
+        tracing::warn!(%error, "an earlier agent has left the kernel in a hurry (/sys/kernel/rcu_expedited)");
+    }
     // Before anything else: a source that an earlier agent has left frozen must not wait for the API server.
     sessions.recover().await;
     parts.spawn(follow_limit(known.subscribe(), room));

@@ -23,6 +23,7 @@ mod publish;
 mod shepherds;
 mod source;
 mod target;
+mod warm;
 
 use std::{
     collections::HashMap,
@@ -33,6 +34,7 @@ use std::{
 };
 
 use crds::{ProcessMigration, Reason};
+use hostsys::rcu::Hurry;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client, api::ListParams};
 use protocol::{
@@ -103,6 +105,8 @@ struct Task {
     inbound: mpsc::Receiver<Inbound>,
     /// Connections for pages; taken by whoever receives them.
     pages: Option<mpsc::Receiver<page_link::Incoming>>,
+    /// While the pod is frozen.
+    hurry: Arc<Mutex<Option<Hurry>>>,
 }
 
 /// What the watch says.
@@ -175,6 +179,28 @@ impl Task {
         }
     }
 
+    /// To be called when the pod is frozen: the node does what makes it short.
+    fn at_freeze(&self) -> impl FnOnce() + Send + 'static {
+        let (slot, publisher) = (self.hurry.clone(), self.publisher.clone());
+        move || {
+            let hurry = hostsys::rcu::hurry()
+                .inspect_err(|error| tracing::debug!(%error, "the kernel does not hurry"))
+                .ok();
+            *slot.lock().unwrap_or_else(PoisonError::into_inner) = hurry;
+            if let Some(p) = publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+                p.quiet(true);
+            }
+        }
+    }
+
+    /// The freeze is over, or was none.
+    fn freeze_ends(&self) {
+        drop(self.hurry.lock().unwrap_or_else(PoisonError::into_inner).take());
+        if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
+            p.quiet(false);
+        }
+    }
+
     fn condition(&self, type_: &str, status: crds::condition::Status, reason: Reason, message: &str) {
         if let Some(p) = self.publisher.lock().unwrap_or_else(PoisonError::into_inner).as_ref() {
             p.condition(type_, status, reason, message);
@@ -208,6 +234,17 @@ impl Task {
             target.or_else(|| (start.role == Role::Target).then(|| (start.pod_name.clone(), start.pod_uid.clone())));
         let generation = seen.migration.as_ref().and_then(|m| m.metadata.generation);
         Decisions::new(self.ctx.client.clone(), self.whose.clone(), target, generation)
+    }
+
+    /// Waits until the watch shows that the migration is committed.
+    async fn sees_commit(&self) {
+        let committed = |seen: &Seen| {
+            seen.migration.as_deref().and_then(hand_over::decided_in) == Some(hand_over::Decided::Committed)
+        };
+        // Without a watch nothing is seen.
+        if self.observed.clone().wait_for(committed).await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Lets the decision of the object stop the forward steps of a session.
@@ -522,6 +559,7 @@ impl Sessions {
             publisher: publisher.clone(),
             inbound: inbound_receiver,
             pages: Some(pages_receiver),
+            hurry: Arc::default(),
         };
         let handle = Handle {
             observed,

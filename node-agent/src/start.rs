@@ -137,7 +137,7 @@ fn print_probe() -> ExitCode {
         .and_then(|c| c.dump().and_then(|dump| c.oci_runtime(&dump)))
         .ok()
         .flatten();
-    let probe = probe::everything(oci.as_deref(), install::criu::of_the_node().as_deref());
+    let probe = probe::everything(oci.as_deref(), install::criu::in_place().as_ref());
     let text = serde_json::json!({
         "architecture": probe.architecture,
         "kernel": probe.kernel,

@@ -46,6 +46,10 @@ fn an_installation_is_made_once_and_undone_exactly() {
     let work = std::env::temp_dir().join(format!("peregrine-install-{}", std::process::id()));
     std::fs::create_dir_all(&work).unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/host_install.sh");
+    let criu = work.join("criu");
+    let bundle = Path::new(env!("CARGO_MANIFEST_DIR")).join("criu-bundle.sh");
+    let bundled = Command::new("sh").args([&bundle, &tree, &criu]).status();
+    assert!(bundled.unwrap().success());
     let output = Program::new("unshare")
         .args([
             "--mount",
@@ -60,6 +64,7 @@ fn an_installation_is_made_once_and_undone_exactly() {
         ])
         .args([script.as_os_str(), work.as_os_str(), tree.as_os_str()])
         .args([env!("CARGO_BIN_EXE_node-agent"), "/bin/true"])
+        .arg(&criu)
         .within(Duration::from_secs(120))
         .output()
         .unwrap();
@@ -84,6 +89,13 @@ fn an_installation_is_made_once_and_undone_exactly() {
         "waits",
         "named",
         "stays",
+        "left /etc/containerd/config.toml",
+        "the node's own: /usr/sbin/criu \"fromAgentImage\":false",
+        "the image's: \"fromAgentImage\":true",
+        "upgraded: \"fromAgentImage\":true",
+        "too old: \"fromAgentImage\":true",
+        "CRIU is 3.16.1, too old",
+        "CRIU is missing",
         "left /etc/containerd/config.toml",
     ];
     assert_eq!(results, expected, "{said}");

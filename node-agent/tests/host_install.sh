@@ -1,6 +1,6 @@
 # Runs as the first process of a machine of its own (mount, pid, net, UTS, IPC and cgroup namespaces): a real containerd that a
 # loop restarts, as a supervisor does; the agent installs, installs again, undoes.
-# $1 work folder, $2 Debian tree, $3 agent, $4 a program that stands for the wrapper
+# $1 work folder, $2 Debian tree, $3 agent, $4 a program that stands for the wrapper, $5 CRIU as the agent's image has it
 set -e
 mount --make-rprivate /
 mkdir -p "$1/upper" "$1/work" "$1/root" "$1/containerd" "$1/state"
@@ -11,12 +11,15 @@ mount -t proc proc "$R/proc"
 mount -t sysfs sysfs "$R/sys"
 mount -t cgroup2 cgroup2 "$R/sys/fs/cgroup"
 mount -t tmpfs tmpfs "$R/run"
-mount --bind /dev "$R/dev"
+mount --rbind /dev "$R/dev"
 # Overlay cannot be the upper layer of an overlay; and a state folder on a disk of its own is a mount point.
 mount --bind "$1/containerd" "$R/var/lib/containerd"
 mount --bind "$1/state" "$R/var/lib/peregrine"
 cp "$3" "$R/node-agent"
 cp "$4" "$R/peregrine-runc"
+cp -r "$5" "$R/criu-of-the-image"
+# In the place of the preload, which a machine that withholds CAP_SYS_RESOURCE must have; these calls of CRIU do without it.
+touch "$R/limits.so"
 cd "$R"
 pivot_root . old
 umount -l /old
@@ -65,5 +68,33 @@ echo '{"annotations":{"io.kubernetes.cri.sandbox-namespace":"shop","io.kubernete
 /node-agent uninstall | grep -q shop/web && say named
 [ -x /opt/peregrine/bin/peregrine-runc ] && [ -f /etc/containerd/conf.d/peregrine.toml ] && say stays
 rm -r $bundle
+/node-agent uninstall
+say left "$(files)"
+# CRIU: the node's own where it has one, else that of the image; an upgrade replaces it, and the undo takes it away.
+used() { tr -d ' \n' < /opt/peregrine/etc/runtime.json | sed -n 's/.*"criu":"\([^"]*\)".*/\1/p'; }
+probed() { /node-agent probe > /run/probe || cat /run/probe >&2; tr -d ' \n' < /run/probe | grep -o '"fromAgentImage":[a-z]*'; }
+# `criu check` connects to itself.
+ip link set lo up
+mv /criu-of-the-image /criu
+/node-agent install
+say "the node's own: $(used) $(probed)"
+mv /usr/sbin/criu /usr/sbin/criu.away
+/node-agent install
+first=$(used)
+case $first in /opt/peregrine/criu/*/criu) say "the image's: $(probed)" ;; esac
+echo >> /criu/libuuid.so.1
+/node-agent install
+[ "$(used)" != "$first" ] && [ ! -e "$first" ] && [ "$(ls /opt/peregrine/criu | wc -l)" = 1 ] && say "upgraded: $(probed)"
+# One that is too old counts as none.
+printf '#!/bin/sh\necho Version: 3.16.1\n' > /usr/sbin/criu
+chmod +x /usr/sbin/criu
+/node-agent install
+say "too old: $(probed)"
+mv /criu /criu-of-the-image
+/node-agent install
+/node-agent probe | grep -o 'CRIU is 3.16.1, too old' | sed 's/^/RESULT /'
+rm /usr/sbin/criu
+/node-agent install
+/node-agent probe | grep -o 'CRIU is missing' | sed 's/^/RESULT /'
 /node-agent uninstall
 say left "$(files)"

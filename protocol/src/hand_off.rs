@@ -27,6 +27,12 @@ pub const SHEPHERD_DIR: &str = "/run/peregrine/shepherd";
 pub const SHEPHERD_FILE: &str = "shepherd.json";
 /// UNIX stream socket of a shepherd: one JSON [`Request`] a line, one [`State`] a line in return.
 pub const SHEPHERD_SOCKET: &str = "sock";
+/// UNIX stream socket beside the script `park`, on which the agent listens: what CRIU asks before it touches a pod.
+pub const PARK_SOCKET: &str = "park.sock";
+/// Name of that script, a link to the wrapper.
+pub const PARK: &str = "park";
+/// The byte that lets CRIU go on.
+pub const PARK_GO: u8 = b'g';
 /// `HAND_OFF_DIR/<pod uid>/<container>/used`: the hand-off was used; written by the wrapper, which refuses another one.
 pub const HAND_OFF_USED: &str = "used";
 /// `HAND_OFF_DIR/<pod uid>/aborted` (empty): written by the agent on an abort; a `create` that still waits fails at once.
@@ -190,11 +196,14 @@ pub struct RuntimeConfig {
     pub libexec: String,
     /// Seconds for which `create` of a target waits for its hand-off.
     pub hand_off_timeout_seconds: u32,
-    /// The node's CRIU, absolute.
+    /// The CRIU to use, absolute.
     pub criu: String,
-    /// Library that is preloaded into CRIU where the node's CRIU may not ask for the limits of other users' processes
-    /// (no CAP_SYS_RESOURCE); absolute, absent where it is not needed.
-    pub limits_preload: Option<String>,
+    /// The loader that starts it, absolute, with CRIU's libraries beside it. Absent: the node's own CRIU, which the node's
+    /// loader starts.
+    pub criu_loader: Option<String>,
+    /// Library that is preloaded into CRIU: it answers for the limits of other users' processes where CRIU may not ask for
+    /// them (no CAP_SYS_RESOURCE), and saves a walk through the connection tracking. Absolute; absent where there is none.
+    pub preload: Option<String>,
 }
 
 impl Default for RuntimeConfig {
@@ -204,7 +213,23 @@ impl Default for RuntimeConfig {
             libexec: "/opt/peregrine/libexec".into(),
             hand_off_timeout_seconds: 60,
             criu: "/usr/sbin/criu".into(),
-            limits_preload: None,
+            criu_loader: None,
+            preload: None,
+        }
+    }
+}
+
+impl RuntimeConfig {
+    /// Program and first arguments that start CRIU. The folder of libraries is an argument and not in the environment, where
+    /// the node's own programs that CRIU starts (`tar`) would find it too.
+    #[must_use]
+    pub fn criu_command(&self) -> (&str, Vec<&str>) {
+        match self.criu_loader.as_deref() {
+            None => (&self.criu, vec![]),
+            Some(loader) => {
+                let libraries = loader.rsplit_once('/').map_or("", |(folder, _)| folder);
+                (loader, vec!["--library-path", libraries, &self.criu])
+            }
         }
     }
 }
@@ -226,5 +251,20 @@ mod tests {
         let file = hand_off.seal().unwrap();
         assert_eq!(HandOff::open(&file).unwrap(), hand_off);
         assert!(ShepherdReport::open(&file).is_err());
+    }
+
+    #[test]
+    fn a_criu_with_a_loader_is_started_by_it() {
+        let node = RuntimeConfig::default();
+        assert_eq!(node.criu_command(), ("/usr/sbin/criu", vec![]));
+        let own = RuntimeConfig {
+            criu: "/o/criu".into(),
+            criu_loader: Some("/o/loader".into()),
+            ..node
+        };
+        assert_eq!(
+            own.criu_command(),
+            ("/o/loader", vec!["--library-path", "/o", "/o/criu"])
+        );
     }
 }

@@ -27,6 +27,8 @@ pub const XATTR_BYTES: usize = 16 * 1024;
 pub const XATTR_NAME_BYTES: usize = 255;
 /// Bytes of a reason or name.
 pub const WORD_BYTES: usize = 256;
+/// Bytes of a container's `descriptors.json`: three short names.
+pub const DESCRIPTORS_BYTES: usize = 4096;
 /// Bytes of a sentence.
 pub const MESSAGE_BYTES: usize = 4096;
 /// Addresses to be kept on the target's loopback.

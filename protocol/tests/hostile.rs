@@ -34,6 +34,8 @@ fn session() -> Vec<(Kind, Vec<u8>)> {
         }),
         FromSource::Manifest(Manifest {
             containers: vec!["main".into()],
+            descriptors: Vec::new(),
+            memory_bytes: 1 << 19,
             max_image_bytes: 1 << 20,
             max_file_bytes: 1 << 20,
         }),

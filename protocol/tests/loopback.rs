@@ -32,6 +32,8 @@ fn offer() -> Offer {
 fn manifest() -> Manifest {
     Manifest {
         containers: vec!["main".into(), "side".into()],
+        descriptors: Vec::new(),
+        memory_bytes: 500,
         max_image_bytes: 1000,
         max_file_bytes: 100,
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use hostsys::program;
-use protocol::hand_off::{COMMITTED_DIR, MOVED_AWAY_DIR, RuntimeConfig};
+use protocol::hand_off::{COMMITTED_DIR, MOVED_AWAY_DIR, PARK, RuntimeConfig};
 
 use crate::answer::Shepherded;
 use crate::argv::Call;
@@ -13,7 +13,7 @@ use crate::complain::{self, sentence};
 use crate::folder::Folder;
 use crate::spec::Spec;
 use crate::verdict::{self, CreateVerdict, Creation, Verdict};
-use crate::{create, criu, hand_off, hold, multipath, pager, settings, shepherd};
+use crate::{create, criu, hand_off, hold, multipath, pager, park, settings, shepherd, tar};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -27,6 +27,10 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
             Ok(settings) => told("criu", &sentence(&criu::become_criu(&settings, rest))),
             Err(error) => told("criu", &sentence(&error)),
         },
+        Some("tar") => match settings::read() {
+            Ok(settings) => told("tar", &sentence(&tar::become_tar(&settings, rest))),
+            Err(error) => told("tar", &sentence(&error)),
+        },
         Some("hold") => match hold::act(&name, std::env::var_os("CRTOOLS_SCRIPT_ACTION").as_deref()) {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
@@ -35,6 +39,11 @@ pub fn run(arguments: Vec<OsString>) -> ExitCode {
                 let _ = folder.write("hold-error", sentence(&error).as_bytes());
                 ExitCode::FAILURE
             }
+        },
+        Some(PARK) => match park::act(&name, std::env::var_os("CRTOOLS_SCRIPT_ACTION").as_deref()) {
+            Ok(()) => ExitCode::SUCCESS,
+            // Its streams are the agent's, which knows why.
+            Err(_) => ExitCode::FAILURE,
         },
         Some(create::SHEPHERD) => stand(rest),
         Some(pager::NAME) => pager::run(rest),

@@ -1,6 +1,7 @@
 //! What compilers and linters do not look at: sizes of files, which crate may use which, names that say nothing.
 
 mod crates;
+mod dockerfile;
 mod documents;
 
 use std::path::{Path, PathBuf};
@@ -49,6 +50,7 @@ pub(crate) fn complaints(root: &Path) -> Result<Vec<String>> {
     let sources = read(root, &["rs"])?;
     let mut complaints: Vec<String> = sources.iter().flat_map(source).collect();
     complaints.extend(crates::complaints(root, &sources)?);
+    complaints.extend(dockerfile::complaints(root)?);
     complaints.extend(documents::complaints(root, &read(root, &["md"])?));
     Ok(complaints)
 }

@@ -87,6 +87,8 @@ pub(super) fn kubelet_config() -> Value {
         "clusterDNS": [DNS_SERVICE.to_string()],
         "clusterDomain": "cluster.local",
         "registerNode": true,
+        // Scenarios kill programs again and again: each comes back after a second, and not after 10, 20, 40, …
+        "crashLoopBackOff": {"maxContainerRestartPeriod": "1s"},
         "readOnlyPort": 0,
         // No controllers: no tree of cgroups per class of service, nothing to enforce in it.
         "cgroupDriver": "cgroupfs",

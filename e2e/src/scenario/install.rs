@@ -19,12 +19,16 @@ const AT_WORK: Duration = Duration::from_secs(120);
 #[must_use]
 pub fn with_faults() -> Vec<String> {
     vec![
-        "agent.extraEnv[0].name=PEREGRINE_ENABLE_FAULT_INJECTION".to_owned(),
-        "agent.extraEnv[0].value=true".to_owned(),
+        r#"agent.extraEnv[0].name="PEREGRINE_ENABLE_FAULT_INJECTION""#.to_owned(),
+        r#"agent.extraEnv[0].value="true""#.to_owned(),
+        // Scenarios that play side by side do not wait for each other's turn.
+        "limits.moves=32".to_owned(),
+        "limits.outbound=16".to_owned(),
+        "limits.inbound=16".to_owned(),
     ]
 }
 
-/// Installs the chart, or upgrades it, and waits until every node can take part in moves. `values` are `--set` arguments of helm.
+/// Installs the chart, or upgrades it, and waits until every node can take part in moves. `values` are `--set-json` arguments of helm.
 ///
 /// # Errors
 /// If helm refuses, or a node does not become ready in time.
@@ -40,7 +44,7 @@ pub fn install(stage: &Stage, values: &[String]) -> Result<()> {
         helm.args(["--set", &format!("{name}.image={}", image.name())]);
     }
     for value in values {
-        helm.args(["--set-string", value]);
+        helm.args(["--set-json", value]);
     }
     output(helm, "helm upgrade --install")?;
     wait_at_work(stage)

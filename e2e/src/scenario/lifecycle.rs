@@ -50,8 +50,8 @@ fn upgrade(stage: &Stage, _: &str) -> Result<()> {
     let mut values = install::with_faults();
     // Any change of the pod template is an upgrade to the DaemonSet.
     values.extend([
-        "agent.extraEnv[1].name=PEREGRINE_E2E_GENERATION".to_owned(),
-        format!("agent.extraEnv[1].value={}", std::process::id()),
+        r#"agent.extraEnv[1].name="PEREGRINE_E2E_GENERATION""#.to_owned(),
+        format!(r#"agent.extraEnv[1].value="{}""#, std::process::id()),
     ]);
     install::install(stage, &values)?;
     let settled = migration.settled(stage)?;

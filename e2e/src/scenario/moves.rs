@@ -39,11 +39,14 @@ impl Move {
     /// # Errors
     /// If the API server refuses the object.
     pub fn create(stage: &Stage, pod: &str, target: Option<&str>, more: &Value) -> Result<Self> {
-        let name = format!(
-            "{}-{}",
-            pod.chars().take(40).collect::<String>().trim_end_matches(['-', '.']),
-            unique()
-        );
+        Self::create_as(stage, new_name(pod), pod, target, more)
+    }
+
+    /// Asks for it under a name that is known already.
+    ///
+    /// # Errors
+    /// If the API server refuses the object.
+    pub fn create_as(stage: &Stage, name: String, pod: &str, target: Option<&str>, more: &Value) -> Result<Self> {
         stage.create::<ProcessMigration>(object(&name, pod, target, more))?;
         Ok(Self { name })
     }
@@ -201,6 +204,13 @@ pub fn story(migration: &ProcessMigration) -> String {
         step(status.target.as_ref().and_then(|half| half.step.as_ref())),
         conditions.join("; ")
     )
+}
+
+/// A name for a migration of a pod, which no other has.
+#[must_use]
+pub fn new_name(pod: &str) -> String {
+    let pod: String = pod.chars().take(40).collect();
+    format!("{}-{}", pod.trim_end_matches(['-', '.']), unique())
 }
 
 /// A short suffix that no other object of this run has.

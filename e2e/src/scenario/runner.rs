@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
@@ -23,8 +24,6 @@ pub struct Settings {
     pub list: bool,
     /// On the cluster of `KUBECONFIG`.
     pub any_cluster: bool,
-    /// The long enumerations as well.
-    pub long: bool,
 }
 
 /// How many ended in which way.
@@ -62,42 +61,26 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
     sweep(&stage)?;
     install::install(&stage, &install::with_faults())?;
     let mut outcome = Outcome::default();
-    for scenario in &chosen {
-        if scenario.needs_own_cluster && !stage.is_own() {
-            println!(
-                "skipped {}: it breaks nodes, which only the cluster of `cargo xtask cluster` allows",
-                scenario.name
-            );
-            outcome.skipped += 1;
-            continue;
-        }
-        if scenario.long && settings.only.is_empty() && !settings.long {
-            println!(
-                "skipped {}: a long enumeration, played by `cargo xtask scenarios --long` or by its name",
-                scenario.name
-            );
-            outcome.skipped += 1;
-            continue;
-        }
-        let began = Instant::now();
-        match play(&stage, scenario) {
-            Ok(()) => {
-                println!("ok {} ({:.1} s)", scenario.name, began.elapsed().as_secs_f64());
-                outcome.passed += 1;
-            }
-            Err(error) => {
-                let logs = collect(&stage, &scenario.name)
-                    .map(|folder| folder.display().to_string())
-                    .unwrap_or_else(|error| format!("not collected: {error:#}"));
-                println!(
-                    "FAILED {}: {error:#} ({:.1} s; logs: {logs})",
-                    scenario.name,
-                    began.elapsed().as_secs_f64()
-                );
-                outcome.failed += 1;
-                // What it left must not fail the next one.
-                repair(&stage);
-            }
+    let (possible, impossible): (Vec<Scenario>, Vec<Scenario>) = chosen
+        .into_iter()
+        .partition(|scenario| stage.is_own() || !scenario.needs_own_cluster);
+    for scenario in impossible {
+        println!(
+            "skipped {}: it breaks nodes, which only the cluster of `cargo xtask cluster` allows",
+            scenario.name
+        );
+        outcome.skipped += 1;
+    }
+    for together in possible.chunk_by(|one, next| one.company.is_some() && one.company == next.company) {
+        let failed = match together {
+            [alone] => u32::from(!play(&stage, alone)),
+            several => play_together(&stage, several),
+        };
+        outcome.failed += failed;
+        outcome.passed += u32::try_from(together.len()).unwrap_or(u32::MAX) - failed;
+        if failed > 0 {
+            // What they left must not fail the next one.
+            repair(&stage);
         }
     }
     // Nothing of ours stays behind on the cluster.
@@ -109,16 +92,49 @@ pub fn run(settings: &Settings) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// Every wait inside has its own deadline; the limit of the whole is checked afterwards.
-fn play(stage: &Stage, scenario: &Scenario) -> Result<()> {
+/// Plays one and says how it went; true, if well. Every wait inside has its own deadline; the limit of the whole is checked afterwards.
+fn play(stage: &Stage, scenario: &Scenario) -> bool {
     let began = Instant::now();
-    (scenario.play)(stage, &scenario.case)?;
-    anyhow::ensure!(
-        began.elapsed() <= scenario.limit,
-        "it took longer than its limit of {} s",
-        scenario.limit.as_secs()
-    );
-    Ok(())
+    let result = (scenario.play)(stage, &scenario.case).and_then(|()| {
+        anyhow::ensure!(
+            began.elapsed() <= scenario.limit,
+            "it took longer than its limit of {} s",
+            scenario.limit.as_secs()
+        );
+        Ok(())
+    });
+    let seconds = began.elapsed().as_secs_f64();
+    match result {
+        Ok(()) => println!("ok {} ({seconds:.1} s)", scenario.name),
+        Err(ref error) => {
+            let logs = collect(stage, &scenario.name)
+                .map(|folder| folder.display().to_string())
+                .unwrap_or_else(|error| format!("not collected: {error:#}"));
+            println!("FAILED {}: {error:#} ({seconds:.1} s; logs: {logs})", scenario.name);
+        }
+    }
+    result.is_ok()
+}
+
+/// Plays scenarios side by side; how many failed.
+fn play_together(stage: &Stage, scenarios: &[Scenario]) -> u32 {
+    let lanes = scenarios
+        .first()
+        .and_then(|one| one.company)
+        .map_or(1, |company| company.lanes);
+    let (next, failed) = (AtomicUsize::new(0), AtomicU32::new(0));
+    std::thread::scope(|scope| {
+        for _ in 0..lanes.min(scenarios.len()) {
+            scope.spawn(|| {
+                while let Some(scenario) = scenarios.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if !play(stage, scenario) {
+                        failed.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner()
 }
 
 /// Brings cluster and release back to work, as far as that is possible.
@@ -160,7 +176,7 @@ pub fn sweep(stage: &Stage) -> Result<()> {
     if stage.is_own() {
         for node in stage.nodes() {
             // A fault that a killed run left armed would strike somebody else.
-            stage.on_node(node, "rm -f /run/peregrine/fault")?;
+            stage.on_node(node, "rm -rf /run/peregrine/fault /run/peregrine/faults")?;
         }
     }
     // Before the first installation there is no such kind.

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
@@ -22,8 +23,11 @@ use crate::witness::{self, Life};
 pub const NAMESPACE: &str = "peregrine-e2e";
 /// Namespace of the release.
 pub const RELEASE_NAMESPACE: &str = "peregrine-system";
-/// How often a level is looked at.
+/// How often a level is looked at: by somebody who hopes to see it pass, and by somebody who has waited for long.
 const POLL: Duration = Duration::from_millis(50);
+const POLL_LATER: Duration = Duration::from_millis(250);
+/// When the one becomes the other.
+const LONG: Duration = Duration::from_secs(4);
 /// The longest a single request may take.
 const REQUEST: Duration = Duration::from_secs(15);
 /// Port of the witness.
@@ -37,6 +41,9 @@ pub struct Stage {
     images: Images,
     witness: Option<Witness>,
     nodes: Vec<String>,
+    /// Nodes that one of the scenarios that play side by side may have for itself.
+    free: Mutex<Vec<String>>,
+    freed: Condvar,
     /// One play at a time: they share a namespace, and some break nodes.
     _alone: Option<Flock<File>>,
 }
@@ -46,6 +53,22 @@ impl std::fmt::Debug for Stage {
         f.debug_struct("Stage")
             .field("nodes", &self.nodes)
             .finish_non_exhaustive()
+    }
+}
+
+/// A node that a scenario has for itself, until it is dropped.
+#[derive(Debug)]
+pub struct Lent<'a> {
+    stage: &'a Stage,
+    /// Its name.
+    pub node: String,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let mut free = self.stage.free.lock().unwrap_or_else(PoisonError::into_inner);
+        free.push(std::mem::take(&mut self.node));
+        self.stage.freed.notify_one();
     }
 }
 
@@ -132,6 +155,8 @@ impl Stage {
             cluster,
             images,
             witness,
+            free: Mutex::new(nodes.iter().skip(1).cloned().collect()),
+            freed: Condvar::new(),
             nodes,
             _alone: None,
         };
@@ -179,6 +204,37 @@ impl Stage {
             .find(|node| !not.contains(&node.as_str()))
             .cloned()
             .with_context(|| format!("there is no node beside {}", not.join(", ")))
+    }
+
+    /// A node that everybody may use: it is never lent.
+    ///
+    /// # Errors
+    /// If there are no nodes.
+    pub fn common_node(&self) -> Result<String> {
+        self.nodes.first().cloned().context("the cluster has no nodes")
+    }
+
+    /// Lends one of the other nodes to a scenario that will break what runs there; waits until one is free.
+    pub fn lend(&self) -> Lent<'_> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(node) = free.pop() {
+                return Lent { stage: self, node };
+            }
+            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Where a node's file is in the file system of this machine.
+    ///
+    /// # Errors
+    /// If the cluster is not ours, or the node is down.
+    pub fn path_on_node(&self, node: &str, path: &str) -> Result<PathBuf> {
+        let cluster = self.cluster()?;
+        let init = cluster
+            .init_of(cluster.node(node)?)
+            .with_context(|| format!("{node} is down"))?;
+        Ok(PathBuf::from(format!("/proc/{init}/root{path}")))
     }
 
     /// kubectl for the cluster.
@@ -338,11 +394,12 @@ impl Stage {
     /// # Errors
     /// If it is not reached in time.
     pub fn wait<T>(&self, what: &str, limit: Duration, mut look: impl FnMut() -> Result<T>) -> Result<T> {
-        let deadline = Instant::now() + limit;
+        let began = Instant::now();
         loop {
             match look() {
                 Ok(value) => return Ok(value),
-                Err(why) if Instant::now() > deadline => bail!("waited {} s for {what}: {why:#}", limit.as_secs()),
+                Err(why) if began.elapsed() > limit => bail!("waited {} s for {what}: {why:#}", limit.as_secs()),
+                Err(_) if began.elapsed() > LONG => std::thread::sleep(POLL_LATER),
                 Err(_) => std::thread::sleep(POLL),
             }
         }

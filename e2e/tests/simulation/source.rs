@@ -496,6 +496,8 @@ async fn connect(task: &Task, brief: &Brief) -> Result<SourceEnd, Failed> {
     hear(&link, |m| matches!(m, FromTarget::Accept { .. })).await?;
     let manifest = Manifest {
         containers: vec!["app".to_owned()],
+        descriptors: Vec::new(),
+        memory_bytes: 500_000,
         max_image_bytes: 1_000_000,
         max_file_bytes: 1_000_000,
     };

@@ -1,7 +1,8 @@
-//! Preloaded into CRIU, for two things that it cannot do by itself. Each is off unless it is needed.
+//! Preloaded into CRIU, for three things that it cannot do by itself.
 //!
 //! The first: on machines where CRIU lacks CAP_SYS_RESOURCE, its question for another user's limits is answered. The second:
-//! memory that the agent tracks and copies itself is left out of the images, see [`tracked`].
+//! memory that the agent tracks and copies itself is left out of the images, see [`tracked`]. The third: it is spared a long
+//! walk through the kernel's connection tracking, see [`conntrack`].
 //!
 //! CRIU asks for limits by `syscall(SYS_prlimit64, pid, resource, NULL, &old)`. Without the capability the kernel answers EPERM for a
 //! process of another uid, so no container that runs as an ordinary user could be dumped. `/proc/PID/limits` says the same to
@@ -17,6 +18,7 @@
 
 use core::ffi::{c_int, c_long, c_ulong, c_void};
 
+mod conntrack;
 mod limits;
 mod raw;
 mod tracked;
@@ -87,4 +89,43 @@ fn as_libc(result: c_long) -> c_long {
         return -1;
     }
     result
+}
+
+/// `struct msghdr`, as far as it is looked at.
+#[repr(C)]
+struct Message {
+    name: *const c_void,
+    name_len: u32,
+    parts: *const Part,
+    count: usize,
+}
+
+/// `struct iovec`.
+#[repr(C)]
+struct Part {
+    start: *mut c_void,
+    len: usize,
+}
+
+/// Stands for libc's `sendmsg`.
+///
+/// # Safety
+/// As for the system call.
+#[cfg_attr(not(test), unsafe(no_mangle))]
+pub unsafe extern "C" fn sendmsg(socket: c_int, message: *const c_void, flags: c_int) -> c_long {
+    // SAFETY: the caller gives a `struct msghdr`, or the kernel would refuse.
+    if let Some(message) = unsafe { message.cast::<Message>().as_ref() }
+        && message.count == 1
+        // SAFETY: it has one part.
+        && let Some(part) = unsafe { message.parts.as_ref() }
+        && part.len == 20
+        && part.start.cast::<conntrack::Header>().is_aligned()
+        // SAFETY: a part of 20 bytes holds a header of 16, which is the caller's own request.
+        && let Some(header) = unsafe { part.start.cast::<conntrack::Header>().as_mut() }
+    {
+        conntrack::ask_for_nothing(header);
+    }
+    let arguments = [c_long::from(socket), message as c_long, c_long::from(flags), 0, 0, 0];
+    // SAFETY: as the caller gave it.
+    as_libc(unsafe { raw::call(raw::SENDMSG, arguments) })
 }

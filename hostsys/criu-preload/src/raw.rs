@@ -7,6 +7,7 @@ mod numbers {
     pub(crate) const READ: i64 = 0;
     pub(crate) const CLOSE: i64 = 3;
     pub(crate) const IOCTL: i64 = 16;
+    pub(crate) const SENDMSG: i64 = 46;
     pub(crate) const OPENAT: i64 = 257;
     pub(crate) const PRLIMIT64: i64 = 302;
 }
@@ -16,11 +17,12 @@ mod numbers {
     pub(crate) const READ: i64 = 63;
     pub(crate) const CLOSE: i64 = 57;
     pub(crate) const IOCTL: i64 = 29;
+    pub(crate) const SENDMSG: i64 = 211;
     pub(crate) const OPENAT: i64 = 56;
     pub(crate) const PRLIMIT64: i64 = 261;
 }
 
-pub(crate) use numbers::{CLOSE, IOCTL, OPENAT, PRLIMIT64, READ};
+pub(crate) use numbers::{CLOSE, IOCTL, OPENAT, PRLIMIT64, READ, SENDMSG};
 
 /// Makes a call; errors are negative, as the kernel returns them.
 ///

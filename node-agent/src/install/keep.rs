@@ -104,9 +104,9 @@ async fn put_in_place(host: &Host, known: &watch::Sender<Known>, failures: &mut 
     };
     let (oci, criu) = match &installation {
         Installation::Done(installed) => (Some(installed.oci_runtime.clone()), installed.criu.clone()),
-        _ => (None, super::criu::of_the_node()),
+        _ => (None, super::criu::in_place()),
     };
-    let probe = tokio::task::spawn_blocking(move || probe::everything(oci.as_deref(), criu.as_deref()))
+    let probe = tokio::task::spawn_blocking(move || probe::everything(oci.as_deref(), criu.as_ref()))
         .await
         .ok();
     let complete = probe.as_ref().is_some_and(|p| p.missing.is_empty());

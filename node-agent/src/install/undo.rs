@@ -145,7 +145,7 @@ pub fn target_under_way() -> Option<String> {
 }
 
 /// A journal that is not finished. The sessions remove theirs when nothing is left to do.
-fn session_under_way() -> Option<String> {
+pub(super) fn session_under_way() -> Option<String> {
     let open = entries(Path::new(JOURNAL));
     open.iter()
         .find(|file| file.extension().is_some_and(|e| e == "jsonl"))
@@ -191,7 +191,7 @@ fn pod_of(bundle: &Path) -> Option<String> {
     ))
 }
 
-fn entries(folder: &Path) -> Vec<PathBuf> {
+pub(super) fn entries(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder).map_or_else(
         |_| Vec::new(),
         |list| list.flatten().map(|entry| entry.path()).collect(),

@@ -1,23 +1,23 @@
 //! CRIU by trying: `criu check`. It also fills CRIU's cache of what the kernel can do (`/run/criu.kdat`), which would
 //! otherwise cost 30 to 45 ms inside the first freeze.
 
-use std::path::Path;
 use std::time::Duration;
 
-use crds::migration_node::CriuStatus;
-use hostsys::program::Program;
-
 use crate::install;
+use crate::install::criu::Criu;
+use crds::migration_node::CriuStatus;
 
 /// How to get CRIU where there is none.
-const HOW_TO_INSTALL: &str = "install the package `criu` (4.1 or later) on the node, or use an agent image that contains /criu-static; \
-     the agent looks again every minute";
+const HOW_TO_INSTALL: &str = "install the package `criu` (4.1 or later) on the node, or use an agent image that contains it in /criu; the \
+     agent looks again every minute";
 /// The oldest version whose images and options are known to work with us.
 const OLDEST: (u32, u32) = (4, 0);
+/// Programs of the node that CRIU starts: it packs the files of memory file systems (`/dev`) by them.
+const HELPERS: [&str; 2] = ["tar", "gzip"];
 
 /// Version, path and need for help; or the sentence that says what is missing.
-pub(super) fn probe(criu: Option<&Path>) -> Result<CriuStatus, String> {
-    let Some(path) = criu else {
+pub(super) fn probe(criu: Option<&Criu>) -> Result<CriuStatus, String> {
+    let Some(criu) = criu else {
         return Err(format!("CRIU is missing: {HOW_TO_INSTALL}"));
     };
     let preload = install::criu::limits_preload();
@@ -28,8 +28,19 @@ pub(super) fn probe(criu: Option<&Path>) -> Result<CriuStatus, String> {
                 .to_owned(),
         );
     }
+    let path = std::env::var("PATH").unwrap_or_default();
+    let absent = HELPERS
+        .into_iter()
+        .filter(|name| install::containerd::find_program(name, &path).is_none());
+    let absent: Vec<&str> = absent.collect();
+    if !absent.is_empty() {
+        return Err(format!(
+            "CRIU needs programs that the node does not have: install {}",
+            absent.join(" and ")
+        ));
+    }
     let run = |arguments: &[&str]| {
-        let mut program = Program::new(path).args(arguments).within(Duration::from_secs(30));
+        let mut program = criu.program().args(arguments).within(Duration::from_secs(30));
         if let Some(library) = &preload {
             program = program.env("LD_PRELOAD", library);
         }
@@ -39,7 +50,8 @@ pub(super) fn probe(criu: Option<&Path>) -> Result<CriuStatus, String> {
                 .concat()
         })
     };
-    let said = run(&["--version"]).map_err(|e| format!("CRIU does not run: {}", crate::error::chain(&e)))?;
+    let said = run(&["--version"])
+        .map_err(|e| format!("{} does not run: {}", criu.path.display(), crate::error::chain(&e)))?;
     let version = version_in(&said).ok_or_else(|| format!("CRIU does not tell its version: {said}"))?;
     if numbers(&version) < OLDEST {
         return Err(format!("CRIU is {version}, too old: {HOW_TO_INSTALL}"));
@@ -50,8 +62,17 @@ pub(super) fn probe(criu: Option<&Path>) -> Result<CriuStatus, String> {
     })?;
     Ok(CriuStatus {
         version,
-        path: path.display().to_string(),
+        path: criu.path.display().to_string(),
+        from_agent_image: criu.loader.is_some(),
         limits_from_proc: preload.is_some(),
+    })
+}
+
+/// Whether it says so itself. One that says nothing is not too old but broken: the probe tells how.
+pub fn is_too_old(criu: &Criu) -> bool {
+    let said = criu.program().arg("--version").within(Duration::from_secs(30)).output();
+    said.is_ok_and(|said| {
+        version_in(&String::from_utf8_lossy(&said.stdout)).is_some_and(|version| numbers(&version) < OLDEST)
     })
 }
 

@@ -122,6 +122,20 @@ impl Ledger {
             .to_vec()
     }
 
+    /// Name of the migration.
+    fn migration(&self) -> String {
+        match self
+            .journal
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .records()
+            .first()
+        {
+            Some(Record::Start(start)) => start.name.clone(),
+            _ => String::new(),
+        }
+    }
+
     /// Whether a step has begun.
     #[must_use]
     pub(super) fn has_begun(&self, step: Step) -> bool {
@@ -232,8 +246,11 @@ impl Ledger {
     }
 
     async fn fault(&self, step: Step, when: When, may_stop: bool) -> Result<(), Failed> {
-        let faults = self.faults.clone();
-        match blocking(move || faults.strikes(step, when)).await? {
+        if !self.faults.are_enabled() {
+            return Ok(());
+        }
+        let (faults, migration) = (self.faults.clone(), self.migration());
+        match blocking(move || faults.strikes(step, when, &migration)).await? {
             None => Ok(()),
             Some(Action::Fail) => Err(Failed::new(
                 Reason::StepFailed,

@@ -3,8 +3,14 @@
 //!
 //! An apply removes what it leaves out, so every write holds the whole half: what is stored is the start, also after a
 //! restart of the agent. Nothing is written when nothing differs.
+//!
+//! While the pod is frozen a write comes once a second at most: each one costs the API server, the operator and both agents
+//! processor time, which a small node needs for the freeze itself.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use crds::{
     ProcessMigration, Reason,
@@ -24,6 +30,8 @@ use crate::decide::step::Role;
 
 /// Between two writes; a change that comes sooner waits.
 const PACE: Duration = Duration::from_millis(50);
+/// The same, while the pod is frozen.
+const QUIET: Duration = Duration::from_secs(1);
 /// After a write that failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// For one write.
@@ -126,6 +134,8 @@ pub(super) struct Whose {
 pub(super) struct Publisher {
     wanted: Arc<watch::Sender<Half>>,
     written: watch::Receiver<Outcome>,
+    /// Since when the pod is frozen.
+    quiet: Arc<watch::Sender<Option<Instant>>>,
     /// Generation of the spec that this half answers.
     generation: Option<i64>,
 }
@@ -149,10 +159,12 @@ impl Publisher {
         });
         let (wanted, changes) = watch::channel(start);
         let api: Api<ProcessMigration> = Api::namespaced(client.clone(), &whose.namespace);
-        tokio::spawn(write_changes(api, whose, role, changes, outcome));
+        let (quiet, quiet_since) = watch::channel(None);
+        tokio::spawn(write_changes(api, whose, role, changes, quiet_since, outcome));
         Self {
             wanted: Arc::new(wanted),
             written,
+            quiet: Arc::new(quiet),
             generation,
         }
     }
@@ -164,6 +176,11 @@ impl Publisher {
             change(half);
             before != *half
         });
+    }
+
+    /// The pod is frozen from now on, or no longer.
+    pub(super) fn quiet(&self, on: bool) {
+        self.quiet.send_replace(on.then(Instant::now));
     }
 
     /// Sets a condition.
@@ -187,6 +204,7 @@ async fn write_changes(
     whose: Whose,
     role: Role,
     mut changes: watch::Receiver<Half>,
+    mut quiet: watch::Receiver<Option<Instant>>,
     outcome: watch::Sender<Outcome>,
 ) {
     let manager = match role {
@@ -194,10 +212,26 @@ async fn write_changes(
         Role::Target => names::MANAGER_TARGET,
     };
     let parameters = PatchParams::apply(manager).force();
+    let (mut last, mut over) = (None, false);
     loop {
         let half = changes.borrow_and_update().clone();
         let differs = outcome.borrow().half.as_ref() != Some(&half);
         if differs {
+            let since = *quiet.borrow_and_update();
+            if let Some(since) = since
+                && !over
+            {
+                let left = (last.max(Some(since)).unwrap_or(since) + QUIET).saturating_duration_since(Instant::now());
+                if !left.is_zero() {
+                    tokio::select! {
+                        () = tokio::time::sleep(left) => {}
+                        // Where nobody is left to say so, it is over as well.
+                        ended = quiet.wait_for(Option::is_none) => over = ended.is_err(),
+                    }
+                    continue;
+                }
+            }
+            last = Some(Instant::now());
             let body = json!({
                 "apiVersion": format!("{}/{}", names::GROUP, names::VERSION),
                 "kind": "ProcessMigration",

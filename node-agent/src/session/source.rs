@@ -10,10 +10,12 @@
 
 mod attempt;
 mod checkpointing;
+mod parked;
 mod precopy;
 mod way_back;
 
 use std::{
+    collections::BTreeSet,
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -126,6 +128,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
         frozen_at: None,
         link: None,
         precopy: None,
+        parked: Vec::new(),
+        warm: None,
         outside: 0,
     };
     let result = attempt.forward(task, &ledger).await;
@@ -136,6 +140,8 @@ async fn begin(task: &mut Task, migration: &ProcessMigration) {
             settle(task, &ledger, &attempt.brief.start, decided, attempt.frozen_at, None).await;
         }
         Err(why) => {
+            // What still waits for the freeze ends, without having touched the pod.
+            attempt.parked.clear();
             if let Some(link) = &attempt.link {
                 let abandon = FromSource::Abandon {
                     reason: why.reason.clone(),
@@ -242,12 +248,16 @@ async fn settle(
     ledger.decided(committed, &why).await;
     tracing::info!(committed, reason = why.reason, message = why.message, "decided");
     match decided {
-        Decided::Committed => release(task, ledger, start, frozen_at).await,
+        Decided::Committed => {
+            task.freeze_ends();
+            release(task, ledger, start, frozen_at).await;
+        }
         Decided::Aborted(why) => {
             let frozen = match gone_back {
                 Some(frozen) => frozen,
                 None => go_back(task, ledger, start, frozen_at).await,
             };
+            task.freeze_ends();
             task.wait_until_seen().await;
             task.publish(|half| {
                 half.source.step = None;
@@ -301,12 +311,7 @@ async fn release(task: &mut Task, ledger: &Ledger, start: &Start, frozen_at: Opt
     let mut pause = Duration::from_millis(100);
     loop {
         let (watched, pod_uid) = (cgroups.clone(), start.pod_uid.clone());
-        let ended = blocking(move || {
-            keep_stopped(&pod_uid);
-            watched
-                .iter()
-                .all(|c| !Cgroup::at(c).exists() || !Cgroup::at(c).is_populated().unwrap_or(true))
-        });
+        let ended = blocking(move || keep_stopped(&pod_uid, &watched));
         if ended.await.unwrap_or(false) && task.pod_exists(&start.pod_name, &start.pod_uid).await == Some(false) {
             break;
         }
@@ -327,22 +332,69 @@ async fn release(task: &mut Task, ledger: &Ledger, start: &Start, frozen_at: Opt
     );
 }
 
-/// A kubelet that comes up after a reboot, before the pod is deleted, starts its containers anew, where the wrapper is not
-/// their runtime. They must not run beside the moved ones.
-fn keep_stopped(pod_uid: &str) {
-    let Ok(pod) = pod_on_node::find(pod_uid) else {
-        return;
-    };
-    for container in pod.containers {
-        let cgroup = Cgroup::at(&container.cgroup);
-        if !cgroup.is_freeze_requested().unwrap_or(true) {
-            tracing::warn!(
-                container = container.name,
-                "a container of a pod that has moved away was started again: stopping it"
+/// What a cgroup of a pod that has moved away needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Upkeep {
+    Nothing,
+    Stop,
+    LetGo,
+}
+
+/// Decides by whether processes are in it, and whether it is marked as frozen.
+fn upkeep(populated: bool, frozen: bool) -> Upkeep {
+    match (populated, frozen) {
+        // A kubelet that comes up after a reboot, before the pod is deleted, starts its containers anew, where the wrapper is
+        // not their runtime; and runc thaws what it has killed, a moment before it is dead. Neither may run beside the moved ones.
+        (true, false) => Upkeep::Stop,
+        // runc says of a container whose cgroup is marked that it is paused, and never deletes it: its pod's network would stay.
+        (false, true) => Upkeep::LetGo,
+        (true, true) | (false, false) => Upkeep::Nothing,
+    }
+}
+
+/// Keeps the containers of a pod that has moved away as they are. True: those of `cgroups` have ended, and can be deleted.
+fn keep_stopped(pod_uid: &str, cgroups: &[PathBuf]) -> bool {
+    // Containers that were started anew have others.
+    let now = pod_on_node::find(pod_uid).map(|pod| pod.containers).unwrap_or_default();
+    let now = now.into_iter().map(|container| container.cgroup);
+    let all: BTreeSet<PathBuf> = now.chain(cgroups.iter().cloned()).collect();
+    for cgroup in all.iter().map(Cgroup::at) {
+        let (Ok(populated), Ok(frozen)) = (cgroup.is_populated(), cgroup.is_freeze_requested()) else {
+            continue;
+        };
+        let (done, what) = match upkeep(populated, frozen) {
+            Upkeep::Nothing => continue,
+            Upkeep::Stop => (cgroup.begin_freeze(), "stop a container of a pod that has moved away"),
+            Upkeep::LetGo => (cgroup.thaw(), "let the empty cgroup of a container go"),
+        };
+        match done {
+            Ok(()) => tracing::info!(cgroup = %cgroup.path().display(), what, "done"),
+            // It may have gone in between; where not, the next look finds it again.
+            Err(error) => tracing::warn!(error = crate::error::chain(&error), what, "failed"),
+        }
+    }
+    cgroups.iter().map(Cgroup::at).all(|cgroup| {
+        !cgroup.exists() || !cgroup.is_populated().unwrap_or(true) && !cgroup.is_freeze_requested().unwrap_or(true)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_lives_is_stopped_and_what_is_dead_is_not_marked_as_paused() {
+        for (populated, frozen, expected) in [
+            (true, true, Upkeep::Nothing),
+            (true, false, Upkeep::Stop),
+            (false, true, Upkeep::LetGo),
+            (false, false, Upkeep::Nothing),
+        ] {
+            assert_eq!(
+                upkeep(populated, frozen),
+                expected,
+                "populated {populated}, frozen {frozen}"
             );
-            if let Err(error) = cgroup.begin_freeze() {
-                tracing::error!(error = crate::error::chain(&error), "failed to stop it");
-            }
         }
     }
 }

@@ -10,6 +10,7 @@
 mod attempt;
 mod ends;
 mod pages;
+mod parked;
 mod receive;
 mod restore;
 

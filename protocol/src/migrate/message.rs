@@ -128,6 +128,11 @@ pub enum Stream {
 pub struct Manifest {
     /// Names of the containers; other messages name a container by its place in this list.
     pub containers: Vec<String>,
+    /// What runc notes of each container's standard streams (`descriptors.json`), where the dumps are started already: a
+    /// restore that is started before the freeze needs it. Empty: it is not started before.
+    pub descriptors: Vec<String>,
+    /// Bytes of memory that the pod has now: what the target makes ready before the freeze.
+    pub memory_bytes: u64,
     /// Most bytes of all image files.
     pub max_image_bytes: u64,
     /// Most bytes of all files of root filesystems and /dev/shm.
@@ -354,6 +359,15 @@ impl Manifest {
         }
         if self.max_image_bytes > limits::FILE_BYTES || self.max_file_bytes > limits::FILE_BYTES {
             return Some("more bytes than any node has".into());
+        }
+        if !self.descriptors.is_empty() && self.descriptors.len() != self.containers.len() {
+            return Some(format!("descriptors of {} containers", self.descriptors.len()));
+        }
+        if let Some(text) = self.descriptors.iter().find(|d| d.len() > limits::DESCRIPTORS_BYTES) {
+            return Some(format!("descriptors of {} bytes", text.len()));
+        }
+        if self.memory_bytes > self.max_image_bytes {
+            return Some("more memory than image bytes".into());
         }
         let mut names: Vec<&str> = self.containers.iter().map(String::as_str).collect();
         names.sort_unstable();

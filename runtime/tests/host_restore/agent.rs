@@ -126,6 +126,7 @@ pub(crate) fn checkpoint(source: &Container) {
             "--tcp-established",
             "--ext-unix-sk",
             "--file-locks",
+            "--link-remap",
         ])
         .args(["--manage-cgroups-mode", "ignore", "--image-path"])
         .arg(&folder)

@@ -15,7 +15,7 @@ use crate::agent::{
     write_hand_off,
 };
 use crate::container::{Container, await_end, cpu_time, eventually};
-use crate::node::settings;
+use crate::node::{settings, without_criu_of_the_node};
 
 type Case = (&'static str, fn());
 
@@ -60,6 +60,7 @@ pub(crate) const ALL: &[Case] = &[
         "lazy_memory_that_cannot_be_read_ends_the_container",
         crate::lazy::damaged,
     ),
+    ("a_node_without_criu_moves_by_that_of_the_agent", without_criu),
 ];
 
 pub(crate) fn source(uid: u32) -> Container {
@@ -167,6 +168,20 @@ fn moved_as_root() {
 
 fn moved_as_user() {
     move_and_check(1000);
+}
+
+fn without_criu() {
+    without_criu_of_the_node(|| {
+        let own = std::process::Command::new("/opt/peregrine/libexec/criu")
+            .arg("--version")
+            .output();
+        assert!(String::from_utf8_lossy(&own.unwrap().stdout).contains("Version:"));
+        assert!(
+            std::process::Command::new("/usr/sbin/criu").output().is_err(),
+            "the node has none"
+        );
+        move_and_check(1000);
+    });
 }
 
 fn moved_again() {

@@ -173,7 +173,8 @@ impl Container {
         serde_json::from_str(&self.must(&["state"])).unwrap()
     }
 
-    /// What the container's files are at this moment, for the other node.
+    /// What the container's files are at this moment, for the other node, and CRIU's name for the one that has lost its own,
+    /// as the agent gives it (node-agent/src/nameless.rs).
     pub(crate) fn copy_data_to(&self, other: &Self) {
         let copied = Command::new("cp")
             .args(["-a", "--"])
@@ -181,6 +182,13 @@ impl Container {
             .arg(other.folder.join("rootfs"))
             .status();
         assert!(copied.unwrap().success());
+        let files = fs::read(crate::agent::images().join("files.img")).unwrap();
+        // A string in an image stands behind its length.
+        let begin = files.windows(17).position(|part| part == b"/data/link_remap.").unwrap();
+        let link = &files[begin..][..usize::from(files[begin - 1])];
+        let root = other.folder.join("rootfs");
+        let link = root.join(String::from_utf8_lossy(link).trim_start_matches('/'));
+        fs::hard_link(root.join("data/other-name"), link).unwrap();
     }
 }
 

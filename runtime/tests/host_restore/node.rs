@@ -13,24 +13,30 @@ use protocol::hand_off::{HAND_OFF_DIR, RUNTIME_CONFIG, RuntimeConfig, SHEPHERD_D
 
 const TREE: &str = "PEREGRINE_TEST_TREE";
 const LIMITS: &str = "PEREGRINE_TEST_LIMITS";
+const CRIU: &str = "PEREGRINE_TEST_CRIU";
+/// CRIU of the agent's image, as the agent installs it.
+const OWN_CRIU: &str = "/opt/peregrine/criu/test";
 /// Cgroup of all containers inside.
 pub(crate) const CONTAINERS: &str = "/sys/fs/cgroup/containers";
 
 fn tree() -> Option<PathBuf> {
+    let of = |name: &str| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
     let cached = || {
-        let home = std::env::var_os("PEREGRINE_HOME").map(PathBuf::from);
-        let home = home.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache/peregrine")));
-        home.map(|home| home.join("rootfs"))
+        let home = of("PEREGRINE_HOME")
+            .or_else(|| of("XDG_CACHE_HOME").map(|cache| cache.join("peregrine")))
+            .or_else(|| of("HOME").map(|home| home.join(".cache/peregrine")))?;
+        let parts = fs::read_dir(home.join("parts"))
+            .ok()?
+            .flatten()
+            .map(|entry| entry.path());
+        parts.filter(has_programs).max()
     };
-    let candidates = [
-        std::env::var_os(TREE).map(PathBuf::from),
-        cached(),
-        Some("/tmp/w/rootfs".into()),
-    ];
-    candidates
-        .into_iter()
-        .flatten()
-        .find(|tree| tree.join("usr/sbin/criu").exists() && tree.join("usr/sbin/runc").exists())
+    of(TREE).filter(has_programs).or_else(cached)
+}
+
+#[expect(clippy::ptr_arg, reason = "a filter of paths")]
+fn has_programs(tree: &PathBuf) -> bool {
+    tree.join("usr/sbin/criu").exists() && tree.join("usr/sbin/runc").exists()
 }
 
 /// Why the cases cannot run here.
@@ -71,9 +77,20 @@ fn build_limits() -> PathBuf {
         .unwrap()
 }
 
+/// CRIU as the agent's image has it, made from the tree.
+fn bundle_criu(tree: &Path) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../node-agent/criu-bundle.sh");
+    let folder = std::env::temp_dir().join(format!("peregrine-criu-{}", std::process::id()));
+    let status = Command::new("sh").arg(script).arg(tree).arg(&folder).status();
+    assert!(status.unwrap().success());
+    folder
+}
+
 /// Makes the namespaces and runs the cases in them.
 pub(crate) fn run_inside(filter: &str) -> ExitCode {
     let limits = build_limits();
+    let tree = tree().unwrap();
+    let criu = bundle_criu(&tree);
     let group = Cgroup::at(
         cgroup::mount_point()
             .unwrap()
@@ -86,10 +103,12 @@ pub(crate) fn run_inside(filter: &str) -> ExitCode {
     unshare(CloneFlags::CLONE_NEWPID).unwrap();
     let status = Command::new("/proc/self/exe")
         .args(["--inside", filter])
-        .env(TREE, tree().unwrap())
+        .env(TREE, tree)
         .env(LIMITS, limits)
+        .env(CRIU, &criu)
         .status()
         .unwrap();
+    fs::remove_dir_all(criu).unwrap();
     home.add(0).unwrap();
     group.kill(Duration::from_secs(10)).unwrap();
     group.remove(Duration::from_secs(10)).unwrap();
@@ -113,18 +132,23 @@ pub(crate) fn set_up() {
     let base = Path::new("/tmp");
     let tree = PathBuf::from(std::env::var_os(TREE).unwrap());
     // Opened before /tmp is covered: all of these may lie in it.
-    let files = [
+    let own_criu = fs::read_dir(std::env::var_os(CRIU).unwrap()).unwrap().flatten();
+    let own_criu = own_criu.map(|file| (Path::new(OWN_CRIU).join(file.file_name()), file.path()));
+    let files: Vec<(PathBuf, File)> = [
         (
-            "opt/peregrine/bin/peregrine-runc",
+            "/opt/peregrine/bin/peregrine-runc".into(),
             PathBuf::from(env!("CARGO_BIN_EXE_peregrine-runc")),
         ),
         (
-            "opt/peregrine/lib/limits.so",
+            "/opt/peregrine/lib/limits.so".into(),
             PathBuf::from(std::env::var_os(LIMITS).unwrap()),
         ),
-        ("workload", std::env::current_exe().unwrap()),
+        ("/workload".into(), std::env::current_exe().unwrap()),
     ]
-    .map(|(to, from)| (to, File::open(from).unwrap()));
+    .into_iter()
+    .chain(own_criu)
+    .map(|(to, from)| (to, File::open(from).unwrap()))
+    .collect();
     let tree_fd = File::open(&tree).unwrap();
     let lower = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&tree_fd));
     mount(Some("tmpfs"), base, Some("tmpfs"), MsFlags::empty(), none).unwrap();
@@ -159,7 +183,7 @@ pub(crate) fn set_up() {
     )
     .unwrap();
     for (to, mut file) in files {
-        let to = root.join(to);
+        let to = root.join(to.strip_prefix("/").unwrap());
         fs::create_dir_all(to.parent().unwrap()).unwrap();
         std::io::copy(&mut file, &mut File::create(&to).unwrap()).unwrap();
         fs::set_permissions(&to, PermissionsExt::from_mode(0o755)).unwrap();
@@ -188,10 +212,34 @@ pub(crate) fn set_up() {
 
 /// The installer's settings, with this deadline for hand-offs.
 pub(crate) fn settings(hand_off_timeout_seconds: u32) {
-    let settings = RuntimeConfig {
+    write_settings(RuntimeConfig {
         hand_off_timeout_seconds,
-        limits_preload: Some("/opt/peregrine/lib/limits.so".into()),
         ..RuntimeConfig::default()
+    });
+}
+
+/// As on a node that has no CRIU, while `what` is done; then as before.
+pub(crate) fn without_criu_of_the_node(what: impl FnOnce()) {
+    // With it goes a library that nothing else needs: none of the node's may help.
+    let library = format!("/usr/lib/{}-linux-gnu/libprotobuf-c.so.1", std::env::consts::ARCH);
+    let hidden = ["/usr/sbin/criu", &library];
+    let away = |path: &str| format!("{path}.away");
+    hidden.iter().for_each(|path| fs::rename(path, away(path)).unwrap());
+    write_settings(RuntimeConfig {
+        criu: format!("{OWN_CRIU}/criu"),
+        criu_loader: Some(format!("{OWN_CRIU}/loader")),
+        hand_off_timeout_seconds: 2,
+        ..RuntimeConfig::default()
+    });
+    what();
+    hidden.iter().for_each(|path| fs::rename(away(path), path).unwrap());
+    settings(2);
+}
+
+fn write_settings(settings: RuntimeConfig) {
+    let settings = RuntimeConfig {
+        preload: Some("/opt/peregrine/lib/limits.so".into()),
+        ..settings
     };
     fs::write(RUNTIME_CONFIG, serde_json::to_vec(&settings).unwrap()).unwrap();
 }

@@ -2,7 +2,7 @@
 //! ends loudly when somebody else has written there, so that a second copy or a step back is seen.
 
 use std::fs::{File, OpenOptions};
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -70,6 +70,7 @@ fn count(name: &str) -> ! {
         .truncate(true)
         .open(path)
         .unwrap();
+    let nameless = (name == "main").then(Nameless::open);
     let mut counter = 0_u64;
     loop {
         let mut on_disk = [0_u8; 8];
@@ -82,7 +83,8 @@ fn count(name: &str) -> ! {
         counter += 1;
         look(&mut memory, counter);
         file.write_all_at(&counter.to_le_bytes(), 0).unwrap();
-        if name == "main" {
+        if let Some(files) = &nameless {
+            files.check(counter);
             if counter.is_multiple_of(20) {
                 println!("at {counter}");
             }
@@ -91,5 +93,62 @@ fn count(name: &str) -> ! {
             }
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Open files whose names are gone: one of which nothing else is left, one that lives on under another name.
+struct Nameless {
+    deleted: File,
+    renamed: File,
+}
+
+const OTHER_NAME: &str = "/data/other-name";
+
+impl Nameless {
+    fn open() -> Self {
+        let create = |path: &str| {
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(path)
+                .unwrap();
+            file.write_all_at(&0_u64.to_le_bytes(), 0).unwrap();
+            file
+        };
+        let (deleted, renamed) = (create("/data/deleted"), create("/data/removed"));
+        std::fs::hard_link("/data/removed", OTHER_NAME).unwrap();
+        std::fs::remove_file("/data/deleted").unwrap();
+        std::fs::remove_file("/data/removed").unwrap();
+        Self { deleted, renamed }
+    }
+
+    /// Both can be read and written, the second through either name; nothing has been added to the folder.
+    fn check(&self, counter: u64) {
+        let in_folder = || {
+            let names = std::fs::read_dir("/data").unwrap().flatten().map(|e| e.file_name());
+            names.filter(|name| name.to_string_lossy().contains("remap") || name.to_string_lossy().contains("ghost"))
+        };
+        let mut bytes = [0_u8; 8];
+        for file in [&self.deleted, &self.renamed] {
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            if u64::from_le_bytes(bytes) != counter - 1 {
+                std::process::exit(97);
+            }
+            file.write_all_at(&counter.to_le_bytes(), 0).unwrap();
+        }
+        let other = File::open(OTHER_NAME).unwrap();
+        other.read_exact_at(&mut bytes, 0).unwrap();
+        let links = (
+            self.deleted.metadata().unwrap().nlink(),
+            other.metadata().unwrap().nlink(),
+        );
+        if u64::from_le_bytes(bytes) != counter || links != (0, 1) {
+            std::process::exit(96);
+        }
+        if let Some(name) = in_folder().next() {
+            println!("left behind: {name:?}");
+            std::process::exit(95);
+        }
     }
 }

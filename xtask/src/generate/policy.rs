@@ -16,7 +16,14 @@ const SHARED: &[&str] = &["source", "target", "progress", "conditions", "decisio
 pub(super) fn file() -> Result<Generated> {
     let mut operators = operators_fields()?;
     operators.sort();
-    let text = TEMPLATE
+    let policies = POLICIES.map(|[name, why, rules]| {
+        POLICY
+            .replace("@NAME@", name)
+            .replace("@WHY@", why)
+            .replace("@RULES@", rules)
+    });
+    let text = FILE
+        .replace("@POLICIES@", &policies.join("---\n"))
         .replace("@NOTICE@", NOTICE)
         .replace("@GROUP@", names::GROUP)
         .replace("@AGENT@", names::SERVICE_ACCOUNT_AGENT)
@@ -75,19 +82,41 @@ fn quoted(list: &[&str]) -> String {
         .join(", ")
 }
 
-const TEMPLATE: &str = r#"@NOTICE@{{- if .Values.admissionPolicies.enabled }}
+/// What stands before and behind all policies; `@POLICIES@` is where they are.
+const FILE: &str = r#"@NOTICE@{{- if .Values.admissionPolicies.enabled }}
 {{- $agent := printf "system:serviceaccount:%s:@AGENT@" .Release.Namespace }}
 {{- $node := "request.userInfo.?extra[?'authentication.kubernetes.io/node-name'][?0].orValue('')" }}
-# An agent writes its half of its own node's migrations, and nothing else of them.
+@POLICIES@{{- end }}
+"#;
+
+/// A policy and its binding.
+const POLICY: &str = r#"# @WHY@
 apiVersion: admissionregistration.k8s.io/v1
 kind: ValidatingAdmissionPolicy
 metadata:
-  name: peregrine-agent-migrations
+  name: @NAME@
   labels:
     {{- include "peregrine.labels" . | nindent 4 }}
 spec:
   failurePolicy: Fail
-  matchConstraints:
+@RULES@---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata:
+  name: @NAME@
+  labels:
+    {{- include "peregrine.labels" . | nindent 4 }}
+spec:
+  policyName: @NAME@
+  validationActions: [Deny]
+"#;
+
+/// Name, reason and rules of each policy.
+const POLICIES: [[&str; 3]; 4] = [
+    [
+        "peregrine-agent-migrations",
+        "An agent writes its half of its own node's migrations, and nothing else of them.",
+        r#"  matchConstraints:
     resourceRules:
       - apiGroups: [@GROUP@]
         apiVersions: ["*"]
@@ -146,27 +175,12 @@ spec:
         || (variables.isTarget && object.status.decision.?by.orValue('') == 'Target'))))
       reason: Forbidden
       message: only the agent of the target node may commit, and each agent aborts in its own name
----
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicyBinding
-metadata:
-  name: peregrine-agent-migrations
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  policyName: peregrine-agent-migrations
-  validationActions: [Deny]
----
-# An agent describes its own node only, and does not say whether it may be used: that is for people.
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicy
-metadata:
-  name: peregrine-agent-nodes
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  failurePolicy: Fail
-  matchConstraints:
+"#,
+    ],
+    [
+        "peregrine-agent-nodes",
+        "An agent describes its own node only, and does not say whether it may be used: that is for people.",
+        r#"  matchConstraints:
     resourceRules:
       - apiGroups: [@GROUP@]
         apiVersions: ["*"]
@@ -185,27 +199,12 @@ spec:
     - expression: "oldObject == null || object == null || object.?spec == oldObject.?spec"
       reason: Forbidden
       message: the spec of a MigrationNode is for people to set
----
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicyBinding
-metadata:
-  name: peregrine-agent-nodes
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  policyName: peregrine-agent-nodes
-  validationActions: [Deny]
----
-# An agent renews the lease of its own node only, and asks only for certificates of our own signer.
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicy
-metadata:
-  name: peregrine-agent-identity
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  failurePolicy: Fail
-  matchConstraints:
+"#,
+    ],
+    [
+        "peregrine-agent-identity",
+        "An agent renews the lease of its own node only, and asks only for certificates of our own signer.",
+        r#"  matchConstraints:
     resourceRules:
       - apiGroups: [coordination.k8s.io]
         apiVersions: ["*"]
@@ -228,27 +227,12 @@ spec:
     - expression: "request.resource.resource != 'certificatesigningrequests' || object.spec.signerName == '@SIGNER@'"
       reason: Forbidden
       message: an agent may ask only for certificates of @SIGNER@
----
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicyBinding
-metadata:
-  name: peregrine-agent-identity
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  policyName: peregrine-agent-identity
-  validationActions: [Deny]
----
-# A move makes a new pod and ends an old one with the operator's rights, so whoever asks for it must have them too.
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicy
-metadata:
-  name: peregrine-who-may-migrate
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  failurePolicy: Fail
-  matchConstraints:
+"#,
+    ],
+    [
+        "peregrine-who-may-migrate",
+        "A move makes a new pod and ends an old one with the operator's rights, so whoever asks for it must have them too.",
+        r#"  matchConstraints:
     resourceRules:
       - apiGroups: [@GROUP@]
         apiVersions: ["*"]
@@ -269,18 +253,9 @@ spec:
     - expression: "!has(object.spec.target) || !has(object.spec.target.nodeName) || variables.migrations.check('pin').allowed()"
       reason: Forbidden
       message: naming the target node needs the verb `pin` on processmigrations.@GROUP@ in this namespace; leave spec.target out to let the scheduler choose
----
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingAdmissionPolicyBinding
-metadata:
-  name: peregrine-who-may-migrate
-  labels:
-    {{- include "peregrine.labels" . | nindent 4 }}
-spec:
-  policyName: peregrine-who-may-migrate
-  validationActions: [Deny]
-{{- end }}
-"#;
+"#,
+    ],
+];
 
 #[cfg(test)]
 mod tests {

@@ -14,7 +14,7 @@ use crds::{
     condition::Status,
     process_migration::{Party, Progress, cond},
 };
-use hostsys::inet_diag;
+use hostsys::{inet_diag, warm_memory::WarmMemory};
 use kube::Api;
 use memory::converge::Goal;
 use protocol::migrate::{
@@ -26,16 +26,18 @@ use super::super::{
     Task,
     hand_over::{Decided, Decisions, decided_in},
     ledger::{Failed, Ledger, blocking, millis},
+    warm::warm,
     write_marker,
 };
 use super::{
     Brief,
-    checkpointing::{Maxima, reserve, send_metadata, send_pages, sending},
+    checkpointing::{Maxima, reserve, send_metadata, send_nameless, send_pages, sending},
+    parked::{ParkedDump, descriptors, park},
     precopy::PreCopy,
     way_back::marker,
 };
 use crate::{
-    checkpoint::{self, Dump, Room},
+    checkpoint::{self, Room},
     decide::step::Step,
     files, holding,
     journal::{FrozenContainer, Record},
@@ -61,6 +63,10 @@ pub(super) struct Attempt {
     pub(super) link: Option<ToTarget>,
     /// Memory on its way while the pod runs.
     pub(super) precopy: Option<PreCopy>,
+    /// Dumps that wait for the freeze.
+    pub(super) parked: Vec<ParkedDump>,
+    /// For CRIU's images, until the freeze.
+    pub(super) warm: Option<WarmMemory>,
     /// Connections with peers outside the pod.
     pub(super) outside: usize,
 }
@@ -88,11 +94,22 @@ impl Attempt {
         };
         let (pod, maxima) = ledger.forward(Step::SourceReserve, reserve).await?;
         let pod = Arc::new(pod);
+        let containers = frozen_containers(&uid, &pod)?;
+        ledger
+            .record(Record::Frozen {
+                containers: containers.clone(),
+            })
+            .await?;
 
         say_step(task, Step::SourceConnect);
-        let mut link = ledger
-            .forward(Step::SourceConnect, self.connect(task, &pod, maxima))
-            .await?;
+        let connect = async {
+            // Where connections have to be closed by CRIU, only the freeze tells whether there are any.
+            if task.ctx.destroys_sockets {
+                self.parked = park(&containers, &room, false, self.brief.precopy.is_some()).await?;
+            }
+            self.connect(task, &pod, maxima).await
+        };
+        let mut link = ledger.forward(Step::SourceConnect, connect).await?;
         let outbox = link.outbox.clone();
         // A target that gives up, or is lost, before it has everything ends the attempt.
         let lost = follow_target(&mut link, ledger);
@@ -104,7 +121,9 @@ impl Attempt {
                 return Err(why);
             }
         }
-        let result = self.freeze_and_send(task, ledger, &pod, &room, &outbox).await;
+        let result = self
+            .freeze_and_send(task, ledger, &pod, &containers, &room, &outbox)
+            .await;
         lost.abort();
         result
     }
@@ -146,7 +165,8 @@ impl Attempt {
         Ok(())
     }
 
-    pub(super) async fn connect(&self, task: &Task, pod: &PodOnNode, maxima: Maxima) -> Result<ToTarget, Failed> {
+    pub(super) async fn connect(&mut self, task: &Task, pod: &PodOnNode, maxima: Maxima) -> Result<ToTarget, Failed> {
+        let copied_before = self.brief.precopy.is_some();
         let node = &self.brief.target_node;
         let nodes: Api<MigrationNode> = Api::all(task.ctx.client.clone());
         let found = nodes
@@ -173,11 +193,22 @@ impl Attempt {
             &link,
             FromSource::Manifest(Manifest {
                 containers: pod.containers.iter().map(|c| c.name.clone()).collect(),
+                // What is copied while the pod runs needs no room in the freeze, and its restore is started with its store.
+                descriptors: if copied_before {
+                    Vec::new()
+                } else {
+                    descriptors(&self.parked).await?
+                },
+                memory_bytes: if copied_before { 0 } else { maxima.memory },
                 max_image_bytes: maxima.images,
                 max_file_bytes: maxima.files,
             }),
         )
         .await?;
+        // While the target does the same.
+        if !copied_before {
+            self.warm = warm(maxima.memory).await;
+        }
         hear(&mut link, |m| matches!(m, FromTarget::ManifestAccepted)).await?;
         Ok(link)
     }
@@ -187,30 +218,31 @@ impl Attempt {
         task: &Task,
         ledger: &Ledger,
         pod: &Arc<PodOnNode>,
+        containers: &[FrozenContainer],
         room: &Room,
         outbox: &Outbox,
     ) -> Result<(), Failed> {
-        let start = self.brief.start.clone();
         let failed = |e: holding::Error| Failed::because(Reason::StepFailed, &e);
         // Everything that can be known before the freeze is.
         let looked = pod.clone();
         let attributes = blocking(move || holding::own_attributes(&looked.containers))
             .await?
             .map_err(failed)?;
-        let containers = frozen_containers(&start.uid, pod)?;
         let cgroups: Vec<PathBuf> = containers.iter().map(|c| c.cgroup.clone()).collect();
-        ledger
-            .record(Record::Frozen {
-                containers: containers.clone(),
-            })
-            .await?;
 
         say_step(task, Step::SourceFreeze);
+        task.at_freeze()();
         let frozen_at = Instant::now();
         let freeze = async {
             let cgroups = cgroups.clone();
             self.frozen_at = Some(frozen_at);
-            blocking(move || holding::freeze(&cgroups)).await?.map_err(failed)
+            let warm = self.warm.take();
+            blocking(move || {
+                drop(warm);
+                holding::freeze(&cgroups)
+            })
+            .await?
+            .map_err(failed)
         };
         ledger.forward(Step::SourceFreeze, freeze).await?;
         let namespace = pod.network_namespace.clone();
@@ -273,15 +305,27 @@ impl Attempt {
                 tracing::info!(?left, "some memory is left to the dump");
             }
         }
-        let dump = self.dump(ledger, pod, &containers, room, outbox, close, precopy);
+        let mut parked = std::mem::take(&mut self.parked);
+        let dump = async {
+            if parked.is_empty() {
+                parked = park(containers, room, close, precopy.is_some()).await?;
+            }
+            dump(ledger, pod, parked, outbox, precopy).await
+        };
         ledger.forward(Step::SourceDump, dump).await?;
         let dump_milliseconds = millis(frozen_at);
         task.publish(|h| h.source.dump_milliseconds = Some(dump_milliseconds));
 
         say_step(task, Step::SourceCure);
         let (room, queue) = (room.clone(), outbox.clone());
-        let count = pod.containers.len();
-        let cure = async move { blocking(move || send_metadata(&room, count, &threads, &queue)).await? };
+        let pod = pod.clone();
+        let cure = async move {
+            blocking(move || {
+                send_nameless(&room, &pod, &queue)?;
+                send_metadata(&room, pod.containers.len(), &threads, &queue)
+            })
+            .await?
+        };
         ledger.forward(Step::SourceCure, cure).await?;
 
         say_step(task, Step::SourceComplete);
@@ -317,90 +361,6 @@ impl Attempt {
             "all images are on the target",
         );
         Ok(())
-    }
-
-    /// Dumps all containers; meanwhile memory pages, root filesystems and /dev/shm are sent.
-    pub(super) async fn dump(
-        &self,
-        ledger: &Ledger,
-        pod: &Arc<PodOnNode>,
-        containers: &[FrozenContainer],
-        room: &Room,
-        outbox: &Outbox,
-        close_connections: bool,
-        precopy: Option<PreCopy>,
-    ) -> Result<(), Failed> {
-        let settings = Arc::new(checkpoint::runtime_config());
-        let canceled = Arc::new(AtomicBool::new(false));
-        let mut jobs = tokio::task::JoinSet::new();
-        for ((frozen, container), place) in containers.iter().zip(&pod.containers).zip(0u32..) {
-            let dump = Dump {
-                id: frozen.id.clone(),
-                name: frozen.name.clone(),
-                images: room.images(place),
-                work: room.work(place),
-                cgroup: frozen.dump_cgroup.clone(),
-                close_connections,
-                skip_tracked: precopy.is_some(),
-            };
-            let dumped = Arc::new(AtomicBool::new(false));
-            let (settings, done) = (settings.clone(), dumped.clone());
-            jobs.spawn_blocking(move || {
-                let result = dump.run(&settings);
-                done.store(true, Ordering::Release);
-                result.map_err(|e| Failed::new(Reason::CheckpointFailed, e.to_string()))
-            });
-            let (folder, queue, stop) = (room.images(place), outbox.clone(), canceled.clone());
-            jobs.spawn_blocking(move || send_pages(&folder, place, &queue, &dumped, &stop));
-            if let Some(upper) = container.upper.clone() {
-                let (merged, queue, stop) = (container.rootfs.clone(), outbox.clone(), canceled.clone());
-                jobs.spawn_blocking(move || {
-                    files::send(&upper, &merged, Place::Root(place), &queue, &stop).map_err(|e| sending(&e))
-                });
-            }
-        }
-        if let Some(shm) = pod.containers.iter().find_map(|c| c.shm.clone()) {
-            let (queue, stop) = (outbox.clone(), canceled.clone());
-            jobs.spawn_blocking(move || files::send(&shm, &shm, Place::Shm, &queue, &stop).map_err(|e| sending(&e)));
-        }
-        let (keep, tracker) = std::sync::mpsc::channel();
-        if let Some(precopy) = precopy {
-            let breakers = precopy.breakers();
-            let stop = ledger.stop.clone();
-            let guard = tokio::spawn(async move {
-                let _ = stop.wait().await;
-                breakers.iter().for_each(Breaker::end);
-            });
-            jobs.spawn_blocking(move || {
-                let tracker = precopy.last_round();
-                guard.abort();
-                let _ = keep.send(tracker?);
-                Ok(())
-            });
-        }
-        let mut result = Ok(());
-        loop {
-            let next = tokio::select! {
-                next = jobs.join_next() => next,
-                why = ledger.stop.wait(), if result.is_ok() => {
-                    result = Err(why);
-                    canceled.store(true, Ordering::Release);
-                    continue;
-                }
-            };
-            let Some(next) = next else { break };
-            let one = next.unwrap_or_else(|e| Err(Failed::because(Reason::StepFailed, &e)));
-            if let Err(why) = one {
-                // The first cause counts: others follow from it. A failed dump says more than a lost connection.
-                canceled.store(true, Ordering::Release);
-                if result.is_ok() || why.reason == Reason::CheckpointFailed.as_str() {
-                    result = Err(why);
-                }
-            }
-        }
-        // CRIU has looked: nothing needs to be tracked any more.
-        drop(tracker);
-        result
     }
 
     /// Waits for the decision: told by the target, seen in the API, or brought about where the target is lost.
@@ -461,6 +421,78 @@ impl Attempt {
             }
         }
     }
+}
+
+/// Dumps all containers; meanwhile memory pages, root filesystems and /dev/shm are sent.
+async fn dump(
+    ledger: &Ledger,
+    pod: &PodOnNode,
+    parked: Vec<ParkedDump>,
+    outbox: &Outbox,
+    precopy: Option<PreCopy>,
+) -> Result<(), Failed> {
+    let canceled = Arc::new(AtomicBool::new(false));
+    let mut jobs = tokio::task::JoinSet::new();
+    for ((mut parked, container), place) in parked.into_iter().zip(&pod.containers).zip(0u32..) {
+        parked.go().await?;
+        let (folder, dumped) = (parked.images, parked.dumped);
+        jobs.spawn(async {
+            parked
+                .end
+                .await
+                .unwrap_or_else(|e| Err(Failed::because(Reason::StepFailed, &e)))
+        });
+        let (queue, stop) = (outbox.clone(), canceled.clone());
+        jobs.spawn_blocking(move || send_pages(&folder, place, &queue, &dumped, &stop));
+        if let Some(upper) = container.upper.clone() {
+            let (merged, queue, stop) = (container.rootfs.clone(), outbox.clone(), canceled.clone());
+            jobs.spawn_blocking(move || {
+                files::send(&upper, &merged, Place::Root(place), &queue, &stop).map_err(|e| sending(&e))
+            });
+        }
+    }
+    if let Some(shm) = pod.containers.iter().find_map(|c| c.shm.clone()) {
+        let (queue, stop) = (outbox.clone(), canceled.clone());
+        jobs.spawn_blocking(move || files::send(&shm, &shm, Place::Shm, &queue, &stop).map_err(|e| sending(&e)));
+    }
+    let (keep, tracker) = std::sync::mpsc::channel();
+    if let Some(precopy) = precopy {
+        let breakers = precopy.breakers();
+        let stop = ledger.stop.clone();
+        let guard = tokio::spawn(async move {
+            let _ = stop.wait().await;
+            breakers.iter().for_each(Breaker::end);
+        });
+        jobs.spawn_blocking(move || {
+            let tracker = precopy.last_round();
+            guard.abort();
+            let _ = keep.send(tracker?);
+            Ok(())
+        });
+    }
+    let mut result = Ok(());
+    loop {
+        let next = tokio::select! {
+            next = jobs.join_next() => next,
+            why = ledger.stop.wait(), if result.is_ok() => {
+                result = Err(why);
+                canceled.store(true, Ordering::Release);
+                continue;
+            }
+        };
+        let Some(next) = next else { break };
+        let one = next.unwrap_or_else(|e| Err(Failed::because(Reason::StepFailed, &e)));
+        if let Err(why) = one {
+            // The first cause counts: others follow from it. A failed dump says more than a lost connection.
+            canceled.store(true, Ordering::Release);
+            if result.is_ok() || why.reason == Reason::CheckpointFailed.as_str() {
+                result = Err(why);
+            }
+        }
+    }
+    // CRIU has looked: nothing needs to be tracked any more.
+    drop(tracker);
+    result
 }
 
 /// The target has destroyed its copy; the API is told when it can be, the source does not wait for that.

@@ -15,6 +15,7 @@ use crate::{
     checkpoint::{self, Room},
     cure, files,
     journal::FrozenThread,
+    nameless,
     outbox::Outbox,
     pod_on_node::{self, PodOnNode},
 };
@@ -25,6 +26,8 @@ const SPARE: u64 = 256 << 20;
 /// Most bytes that may be sent.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Maxima {
+    /// Bytes of memory that the pod has now.
+    pub(super) memory: u64,
     pub(super) images: u64,
     pub(super) files: u64,
 }
@@ -48,6 +51,7 @@ pub(super) fn reserve(pod_uid: &str, memory: u64, limit: u64, room: &Room) -> Re
         ));
     }
     let maxima = Maxima {
+        memory,
         images: (memory + memory / 4 + SPARE).min(most.max(SPARE)),
         files: {
             let uppers = pod.containers.iter().filter_map(|c| c.upper.as_deref());
@@ -142,6 +146,15 @@ pub(super) fn send_pages(
     }
     for (_, number, _, offset) in open {
         outbox.end(number, offset).map_err(failed)?;
+    }
+    Ok(())
+}
+
+/// Sends the names of open files that only CRIU gave them.
+pub(super) fn send_nameless(room: &Room, pod: &PodOnNode, outbox: &Outbox) -> Result<(), Failed> {
+    for (container, place) in pod.containers.iter().zip(0u32..) {
+        nameless::send(&room.images(place), container, place, outbox)
+            .map_err(|e| Failed::because(Reason::CheckpointFailed, &e))?;
     }
     Ok(())
 }

@@ -43,7 +43,8 @@ pub(super) async fn go_back(task: &Task, ledger: &Ledger, start: &Start, frozen_
     let (containers, threads) = frozen(ledger);
     let cgroups: Vec<PathBuf> = containers.iter().map(|c| c.cgroup.clone()).collect();
     let dumps: Vec<PathBuf> = containers.iter().map(|c| c.dump_cgroup.clone()).collect();
-    if ledger.has_begun(Step::SourceDump) {
+    // From here on runc and CRIU may be at work, or wait for the freeze.
+    if ledger.has_begun(Step::SourceConnect) {
         loop {
             let dumps = dumps.clone();
             match blocking(move || checkpoint::wait_for_dumps(&dumps, Duration::from_secs(30))).await {

@@ -11,6 +11,7 @@ use crds::{
     names,
     process_migration::{Party, cond},
 };
+use hostsys::warm_memory::WarmMemory;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use protocol::{
@@ -30,6 +31,7 @@ use super::super::{
 use super::{
     Brief,
     pages::{Expected, Pages},
+    parked::park,
     receive::{Incoming, Received, Targets, manifest_order, reserve, write_all},
     restore::{adjust, hold_packets, restore},
 };
@@ -43,6 +45,8 @@ use crate::{
 
 /// How long the kubelet may take to call `create` for every container.
 const SHEPHERDS: Duration = Duration::from_secs(300);
+/// How much later than the watch the reply to the commit may come.
+const LATE_REPLY: Duration = Duration::from_secs(1);
 /// Between two looks for shepherds.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -97,9 +101,13 @@ impl Attempt {
         let reserved = ledger
             .forward(Step::TargetReserve, reserve(&mut link, &place, room.clone(), limit))
             .await;
-        let (order, facts);
+        let (order, facts, memory, descriptors);
         match reserved {
-            Ok(manifest) => order = manifest_order(&manifest, &place)?,
+            Ok((manifest, ready)) => {
+                order = manifest_order(&manifest, &place)?;
+                memory = ready;
+                descriptors = manifest.descriptors;
+            }
             Err(why) => {
                 self.link = Some(link);
                 return Err(why);
@@ -130,9 +138,16 @@ impl Attempt {
                 return Err(why);
             }
         };
+        let parked = match park(ledger, &room, &place, &order, &descriptors).await {
+            Ok(parked) => parked,
+            Err(why) => {
+                self.link = Some(link);
+                return Err(why);
+            }
+        };
+        say_step(task, Step::TargetReceive);
         say(&link.say, FromTarget::ManifestAccepted).await?;
 
-        say_step(task, Step::TargetReceive);
         let (_, nothing) = mpsc::channel(1);
         let events = std::mem::replace(&mut link.events, nothing);
         let incoming = Incoming {
@@ -141,7 +156,7 @@ impl Attempt {
             end: link.end.clone(),
         };
         self.link = Some(link);
-        let receive = self.receive(ledger, incoming, &room, &place, &order);
+        let receive = self.receive(ledger, incoming, &room, &place, &order, memory, task.at_freeze());
         let receive = async {
             let received = receive.await?;
             if let Some(pages) = pages {
@@ -173,7 +188,7 @@ impl Attempt {
         ledger
             .forward(
                 Step::TargetRestore,
-                restore(ledger, &room, &place, &order, facts.addresses.clone(), &pager),
+                restore(ledger, &room, &place, &order, facts.addresses.clone(), &pager, parked),
             )
             .await?;
         let restore_milliseconds = millis(restoring);
@@ -342,6 +357,8 @@ impl Attempt {
         room: &Room,
         place: &Ground,
         order: &[usize],
+        memory: Option<WarmMemory>,
+        at_freeze: impl FnOnce() + Send + 'static,
     ) -> Result<(Received, Instant), Failed> {
         let targets = Targets {
             images: (0u32..).take(order.len()).map(|i| room.images(i)).collect(),
@@ -362,7 +379,7 @@ impl Attempt {
                 room.make_folders(place)
                     .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
             }
-            write_all(incoming, &targets, &stopped)
+            write_all(incoming, &targets, memory, at_freeze, &stopped)
         });
         let joined = tokio::select! {
             joined = &mut writer => joined,
@@ -388,7 +405,18 @@ impl Attempt {
         let decisions = task.decisions(&self.brief.start);
         let begun = Instant::now();
         let swap = async { Ok(decisions.commit().await) };
-        match ledger.forward(Step::TargetCommit, swap).await {
+        // Nobody else commits. Where the watch has shown it for a while, the reply was lost or is late: nothing is gained by waiting
+        // for it with everything stopped.
+        let shown = async {
+            task.sees_commit().await;
+            tokio::time::sleep(LATE_REPLY).await;
+        };
+        let decided = tokio::select! {
+            biased;
+            decided = ledger.forward(Step::TargetCommit, swap) => decided,
+            () = shown => Ok(Decided::Committed),
+        };
+        match decided {
             Ok(decided) => {
                 let commit_milliseconds = millis(begun);
                 task.publish(|half| {

@@ -82,16 +82,25 @@ pub(super) async fn runs(
         let (cgroups, namespace) = (cgroups.clone(), namespace.clone());
         async move {
             let done = blocking(move || {
-                if let Some(namespace) = namespace {
-                    holding::release_packets(&namespace)?;
-                }
-                holding::thaw(&cgroups)
+                // At once: packets pass as soon as the kernel has taken the hold away, but it answers only when no processor
+                // can see the hold any more, 10 ms later.
+                std::thread::scope(|threads| {
+                    let released = namespace.map(|at| threads.spawn(move || holding::release_packets(&at)));
+                    let thawed = holding::thaw(&cgroups);
+                    let released = released.map(std::thread::ScopedJoinHandle::join);
+                    match released {
+                        Some(Ok(Err(error))) => Err(error),
+                        Some(Ok(Ok(()))) | None => thawed,
+                        Some(Err(panic)) => std::panic::resume_unwind(panic),
+                    }
+                })
             });
             done.await?.map_err(|e| Failed::because(Reason::StepFailed, &e))
         }
     };
     ledger.until_done(Step::TargetThaw, thaw).await;
     let frozen_for = frozen_at.map(millis);
+    task.freeze_ends();
     if frozen_at.is_some() {
         // Not awaited: the containers run already, the journal is for a restart only.
         ledger.decided(true, &Failed::new(Reason::DecisionCommitted, "")).await;
@@ -261,6 +270,7 @@ pub(super) async fn aborted(
     say: Option<mpsc::Sender<FromTarget>>,
 ) {
     tracing::info!(reason = why.reason, message = why.message, "giving up the target");
+    task.freeze_ends();
     if task.seen().migration.as_deref().and_then(decided_in).is_none() {
         publish_failure(task, &why);
     }

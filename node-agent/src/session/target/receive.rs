@@ -6,6 +6,7 @@ use std::{
 };
 
 use crds::Reason;
+use hostsys::warm_memory::WarmMemory;
 use protocol::{
     frame,
     migrate::{
@@ -15,7 +16,10 @@ use protocol::{
 };
 use tokio::sync::mpsc;
 
-use super::super::ledger::{Failed, blocking};
+use super::super::{
+    ledger::{Failed, blocking},
+    warm::warm,
+};
 use super::attempt::Ground;
 use crate::{
     checkpoint::{self, Room},
@@ -34,7 +38,7 @@ pub(super) async fn reserve(
     place: &Ground,
     room: Room,
     limit: u64,
-) -> Result<Manifest, Failed> {
+) -> Result<(Manifest, Option<WarmMemory>), Failed> {
     let manifest = match link.events.recv().await {
         Some(Event::Message(machine::Output::Manifest(manifest))) => manifest,
         Some(Event::Message(machine::Output::Abandon { reason, message })) => return Err(Failed { reason, message }),
@@ -62,7 +66,9 @@ pub(super) async fn reserve(
     blocking(move || room.make(bytes))
         .await?
         .map_err(|e| Failed::because(Reason::StepFailed, &e))?;
-    Ok(manifest)
+    // Once for the images, once for the processes that are restored from them.
+    let memory = warm(manifest.memory_bytes.saturating_mul(2)).await;
+    Ok((manifest, memory))
 }
 
 /// For each container of the manifest its place in ours: both must have the same names.
@@ -149,6 +155,8 @@ pub(super) fn writing(error: &files::Error) -> Failed {
 pub(super) fn write_all(
     mut incoming: Incoming,
     targets: &Targets,
+    mut memory: Option<WarmMemory>,
+    at_freeze: impl FnOnce(),
     go_on: &std::sync::mpsc::Receiver<()>,
 ) -> Result<(Received, Instant), Failed> {
     let mut trees = Trees {
@@ -156,6 +164,7 @@ pub(super) fn write_all(
         open: Vec::new(),
         files: std::collections::HashMap::new(),
     };
+    let mut at_freeze = Some(at_freeze);
     let mut facts = None;
     let mut frozen_at = None;
     loop {
@@ -208,7 +217,13 @@ pub(super) fn write_all(
                 trees.of_file(file)?.end(file, size).map_err(|e| writing(&e))?;
                 trees.files.remove(&file);
             }
-            Event::Message(machine::Output::Frozen) => frozen_at = Some(Instant::now()),
+            Event::Message(machine::Output::Frozen) => {
+                frozen_at = Some(Instant::now());
+                drop(memory.take());
+                if let Some(begins) = at_freeze.take() {
+                    begins();
+                }
+            }
             Event::Message(machine::Output::Facts(f)) => facts = Some(f),
             Event::Message(machine::Output::Abandon { reason, message }) => return Err(Failed { reason, message }),
             Event::Message(machine::Output::Complete) => {

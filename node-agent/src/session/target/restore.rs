@@ -19,7 +19,7 @@ use super::super::{
     ledger::{Failed, Ledger, blocking},
     shepherds,
 };
-use super::attempt::Ground;
+use super::{attempt::Ground, parked::ParkedRestore};
 use crate::{
     checkpoint::Room,
     decide::step::Step,
@@ -90,13 +90,16 @@ pub(super) async fn restore(
     order: &[usize],
     wanted: Vec<IpAddr>,
     pager: &Pager,
+    parked: Vec<ParkedRestore>,
 ) -> Result<(), Failed> {
     let namespace = place.network_namespace.clone();
     blocking(move || add_addresses(&namespace, &wanted)).await??;
     let (known, filled) = (pager.clone(), filled_containers(room, place, order));
     let lazy = blocking(move || start_pager(&known, filled)).await??;
+    let mut parked = parked.into_iter();
     let restores = order.iter().zip(0u32..).filter_map(|(index, n)| {
         let container = place.containers.get(*index)?;
+        let parked = parked.next().map(ParkedRestore::go);
         let work = room.work(n).display().to_string();
         let request = Request::Restore {
             images: room.images(n).display().to_string(),
@@ -104,10 +107,12 @@ pub(super) async fn restore(
             work,
         };
         Some(async move {
-            (
-                container,
-                shepherds::ask(&container.id, &request, Step::TargetRestore.deadline()).await,
-            )
+            let answer = match parked {
+                Some(Ok(answer)) => answer.await.map_err(|e| e.to_string()),
+                Some(Err(why)) => Err(why.message),
+                None => Ok(shepherds::ask(&container.id, &request, Step::TargetRestore.deadline()).await),
+            };
+            (container, answer)
         })
     });
     let all = futures::future::join_all(restores);
@@ -118,12 +123,13 @@ pub(super) async fn restore(
     let mut reasons = Vec::new();
     for (container, answer) in answers {
         match answer {
-            Ok(State::Held { .. }) => {}
-            Ok(State::Failed { message }) => {
+            Ok(Ok(State::Held { .. })) => {}
+            Ok(Ok(State::Failed { message })) => {
                 reasons.push(format!("container {} could not be restored: {message}", container.name))
             }
-            Ok(state) => reasons.push(format!("the shepherd of container {} is {state:?}", container.name)),
-            Err(error) => reasons.push(crate::error::chain(&error)),
+            Ok(Ok(state)) => reasons.push(format!("the shepherd of container {} is {state:?}", container.name)),
+            Ok(Err(error)) => reasons.push(crate::error::chain(&error)),
+            Err(why) => reasons.push(why),
         }
     }
     if reasons.is_empty() {
