@@ -307,6 +307,11 @@ pub(crate) fn killed_in_turn() {
         let status = one(32768, 1000 + seed, 2500, |ground| {
             // Without Fill only faults and what the program does: this lasts as long as the program, or a second.
             for round in 0..12 {
+                // Two of three may be missing at a time, never all: what is killed last is replaced before the next.
+                let all = ["pgr-pager", "pgr-guardian", "pgr-deputy"];
+                until("all three", || {
+                    ground.folder.join(RESULT_FILE).exists() || all.iter().all(|name| ground.who(name).is_some())
+                });
                 let name = ["pgr-pager", "pgr-guardian", "pgr-pager", "pgr-deputy"][round % 4];
                 ground.kill(name);
                 std::thread::sleep(Duration::from_millis(7 + 13 * (seed as u64 % 3) + round as u64));
