@@ -146,9 +146,12 @@ impl Ground {
     /// The process that has this name.
     fn who(&self, name: &str) -> Option<Pid> {
         let all = self.own.processes().unwrap_or_default();
-        let found = all
-            .into_iter()
-            .find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name));
+        // One that is dead and not awaited yet still stands in the list, with its name.
+        let lives = |pid: &i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.contains(&format!("({name})")) && !stat.contains(") Z") && !stat.contains(") X")
+        };
+        let found = all.into_iter().find(lives);
         found.map(Pid::from_raw)
     }
 
