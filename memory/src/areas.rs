@@ -33,28 +33,42 @@ pub enum Untracked {
 pub struct Look {
     /// Areas that can be tracked: each mapping for itself.
     pub areas: Vec<Range<u64>>,
-    /// Private anonymous mappings that are locked: not to be tracked, even where they were.
-    pub locked: Vec<Range<u64>>,
+    /// Private anonymous mappings that must not be restored lazily: not to be tracked, even where they were. Locked ones, and
+    /// those that a fork wipes (a child made while its parent is being filled would get the parent's pages).
+    pub excluded: Vec<Range<u64>>,
+    /// Of those, the ones that a fork wipes.
+    pub wiped: Vec<Range<u64>>,
+    /// All other mappings: files, shared memory, the kernel's own.
+    pub others: Vec<Range<u64>>,
     /// The stacks that the kernel made.
     pub stacks: Vec<Range<u64>>,
     /// What keeps the whole process from being tracked.
     pub untracked: Option<Untracked>,
 }
 
+/// How a process is looked at. The flags of its mappings are only in smaps, for which the kernel goes through all pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Depth<'a> {
+    /// With the flags of all mappings.
+    All,
+    /// Flags are read only where something is locked, which the process's status says. These mappings are known to be wiped.
+    Quick(&'a Ranges),
+}
+
 /// Looks at a process.
 ///
 /// # Errors
 /// It has ended.
-pub fn look(pid: i32) -> io::Result<Look> {
+pub fn look(pid: i32, depth: Depth<'_>) -> io::Result<Look> {
     let of = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}"));
     let status = of("status")?;
-    // Flags of mappings are only in smaps, which goes through all pages: read where something is locked.
-    let locked = if field(&status, "VmLck:").is_some_and(|v| v.trim() == "0 kB") {
-        Ranges::new()
-    } else {
-        locked_in(&of("smaps")?)
+    let none_locked = field(&status, "VmLck:").is_some_and(|v| v.trim() == "0 kB");
+    let (locked, wiped) = match depth {
+        Depth::Quick(known) if none_locked => (Ranges::new(), known.clone()),
+        Depth::Quick(_) | Depth::All => flags_in(&of("smaps")?),
     };
-    let mut look = parse(&of("maps")?, &locked);
+    let mut look = parse(&of("maps")?, &locked.union(&wiped));
+    look.wiped = wiped.into_vec();
     if field(&status, "x86_Thread_features:").is_some_and(|v| v.contains("shstk")) {
         look.untracked = Some(Untracked::ShadowStack);
     }
@@ -93,7 +107,7 @@ fn line(text: &str) -> Option<(Range<u64>, &str, &str, &str, &str)> {
     ))
 }
 
-fn parse(maps: &str, locked: &Ranges) -> Look {
+fn parse(maps: &str, excluded: &Ranges) -> Look {
     let mut look = Look::default();
     for (range, permissions, device, inode, name) in maps.lines().filter_map(line) {
         if name == "/[aio] (deleted)" || name == "/[aio]" {
@@ -101,11 +115,12 @@ fn parse(maps: &str, locked: &Ranges) -> Look {
         }
         // Files, also of shared memory and of huge pages, have an inode.
         if !permissions.ends_with('p') || inode != "0" || device != "00:00" || !is_ordinary(name) {
+            look.others.push(range);
             continue;
         }
         let one: Ranges = std::iter::once(range.clone()).collect();
-        if !locked.intersect(&one).is_empty() {
-            look.locked.push(range);
+        if !excluded.intersect(&one).is_empty() {
+            look.excluded.push(range);
             continue;
         }
         if name == "[stack]" {
@@ -121,15 +136,20 @@ fn is_ordinary(name: &str) -> bool {
     name.is_empty() || name == "[heap]" || name == "[stack]" || name.starts_with("[anon:")
 }
 
-fn locked_in(smaps: &str) -> Ranges {
+/// Mappings that are locked (`lo`), and those that a fork wipes (`wf`).
+fn flags_in(smaps: &str) -> (Ranges, Ranges) {
     let mut current = None;
-    let mut locked = Ranges::new();
+    let (mut locked, mut wiped) = (Ranges::new(), Ranges::new());
     for text in smaps.lines() {
         if let Some(flags) = text.strip_prefix("VmFlags:") {
-            if let Some(range) = current.take()
-                && flags.split_whitespace().any(|f| f == "lo")
-            {
-                locked.push(range);
+            let Some(range) = current.take() else { continue };
+            let range: Range<u64> = range;
+            for flag in flags.split_whitespace() {
+                match flag {
+                    "lo" => locked.push(range.clone()),
+                    "wf" => wiped.push(range.clone()),
+                    _ => {}
+                }
             }
         } else if !text.starts_with(|c: char| c.is_ascii_uppercase())
             && let Some((range, ..)) = line(text)
@@ -137,7 +157,7 @@ fn locked_in(smaps: &str) -> Ranges {
             current = Some(range);
         }
     }
-    locked
+    (locked, wiped)
 }
 
 /// The file that a process has open for direct I/O, if any.
@@ -200,23 +220,28 @@ ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0                  [vsysca
             ]
         );
         assert_eq!(look.stacks, [0x7ffe_0000_0000..0x7ffe_0002_1000]);
-        assert!(look.locked.is_empty() && look.untracked.is_none());
+        assert!(look.excluded.is_empty() && look.untracked.is_none());
+        assert_eq!(look.others.len(), 6);
     }
 
     #[test]
-    fn locked_mappings_are_left_to_criu() {
+    fn locked_and_wiped_mappings_are_left_to_criu() {
         let smaps = "\
 7f0000000000-7f0000001000 rw-p 00000000 00:00 0 
 Size:                  4 kB
 VmFlags: rd wr mr mw me lo ac sd 
 7f0000001000-7f0000002000 ---p 00000000 00:00 0 
-VmFlags: mr mw me sd 
+VmFlags: mr mw me sd wf 
 ";
-        let locked = locked_in(smaps);
+        let (locked, wiped) = flags_in(smaps);
         assert_eq!(locked.as_slice(), [0x7f00_0000_0000..0x7f00_0000_1000]);
-        let look = parse(MAPS, &locked);
-        assert_eq!(look.locked, [0x7f00_0000_0000..0x7f00_0000_1000]);
-        assert_eq!(look.areas.len(), 3);
+        assert_eq!(wiped.as_slice(), [0x7f00_0000_1000..0x7f00_0000_2000]);
+        let look = parse(MAPS, &locked.union(&wiped));
+        assert_eq!(
+            look.excluded,
+            [0x7f00_0000_0000..0x7f00_0000_1000, 0x7f00_0000_1000..0x7f00_0000_2000]
+        );
+        assert_eq!(look.areas.len(), 2);
     }
 
     #[test]
@@ -228,7 +253,7 @@ VmFlags: mr mw me sd
     #[test]
     fn our_own_process_has_a_heap_and_a_stack_and_no_direct_io() {
         let own = std::process::id().cast_signed();
-        let found = look(own).unwrap();
+        let found = look(own, Depth::All).unwrap();
         assert!(!found.areas.is_empty() && found.stacks.len() == 1, "{found:?}");
         assert_eq!(direct_io(own), None);
         assert_eq!(vpid(own).unwrap(), std::process::id());

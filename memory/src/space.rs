@@ -12,7 +12,7 @@ use hostsys::{
 use nix::errno::Errno;
 
 use crate::{
-    areas::{self, Look, Untracked},
+    areas::{self, Depth, Look, Untracked},
     ranges::Ranges,
 };
 
@@ -57,6 +57,8 @@ pub struct Space {
     container: u32,
     uffd: Userfaultfd,
     areas: Vec<Range<u64>>,
+    /// Mappings that a fork wipes, as of the last close look: known in the freeze without another one.
+    wiped: Ranges,
     stacks: Vec<Range<u64>>,
     stored: Ranges,
     zero: Ranges,
@@ -69,7 +71,7 @@ impl Space {
     /// # Errors
     /// See [`Lost`].
     pub fn attach(number: u32, container: u32, pid: i32) -> Result<Self, Lost> {
-        let look = areas::look(pid).map_err(|_| Lost::Gone)?;
+        let look = areas::look(pid, Depth::All).map_err(|_| Lost::Gone)?;
         if let Some(why) = look.untracked {
             return Err(Lost::Untracked(why));
         }
@@ -93,6 +95,7 @@ impl Space {
             container,
             uffd,
             areas: Vec::new(),
+            wiped: Ranges::new(),
             stacks: Vec::new(),
             stored: Ranges::new(),
             zero: Ranges::new(),
@@ -161,11 +164,16 @@ impl Space {
     /// # Errors
     /// See [`Lost`].
     pub fn follow_map(&mut self) -> Result<(), Lost> {
-        let look = areas::look(self.pid).map_err(|_| Lost::Gone)?;
+        let look = areas::look(self.pid, Depth::All).map_err(|_| Lost::Gone)?;
+        self.wiped = look.wiped.iter().cloned().collect();
+        self.follow(look)
+    }
+
+    fn follow(&mut self, look: Look) -> Result<(), Lost> {
         if let Some(why) = look.untracked {
             return Err(Lost::Untracked(why));
         }
-        for area in &look.locked {
+        for area in &look.excluded {
             // Not registered, or gone: nothing to let go.
             let _ = self.uffd.unregister(area.start, area.end);
         }
@@ -188,7 +196,13 @@ impl Space {
     /// # Errors
     /// See [`Lost`]. The process must be left to CRIU as a whole then: let this go before CRIU looks.
     pub fn follow_map_at_last(&mut self) -> Result<(), Lost> {
-        self.follow_map()?;
+        let look = areas::look(self.pid, Depth::Quick(&self.wiped)).map_err(|_| Lost::Gone)?;
+        // While it ran, a mapping may have been replaced between the look at the map and its registration: then something is
+        // tracked that is not ours, whatever it is, and CRIU would leave it out.
+        for area in &look.others {
+            let _ = self.uffd.unregister(area.start, area.end);
+        }
+        self.follow(look)?;
         if self.uffd.is_gone() {
             return Err(Lost::Gone);
         }
@@ -286,7 +300,7 @@ impl Space {
 pub(crate) fn any_tracked(pid: i32, look: &Look) -> io::Result<bool> {
     let mut map = Pagemap::of(pid)?;
     let mut found = Vec::new();
-    for area in look.areas.iter().chain(&look.locked) {
+    for area in look.areas.iter().chain(&look.excluded) {
         found.clear();
         map.held(area.start, area.end, &mut found)?;
         if found.iter().any(|r| r.flags & TRACKED != 0) {

@@ -13,7 +13,7 @@ use std::{
 use protocol::pages::{self, end_of_block, stream_of};
 
 use crate::{
-    areas::{self, Untracked},
+    areas::{self, Depth, Untracked},
     copier::{Copier, Sink},
     ranges::Ranges,
     space::{self, Copied, Lost, Seen, Space},
@@ -147,7 +147,8 @@ impl Tracker {
                 continue;
             }
             self.untracked.entry(member.pid).or_insert(Untracked::Late);
-            let foreign = areas::look(member.pid).and_then(|look| space::any_tracked(member.pid, &look));
+            let foreign = areas::look(member.pid, Depth::Quick(&Ranges::new()))
+                .and_then(|look| space::any_tracked(member.pid, &look));
             if foreign.map_err(|e| Error::Look(member.pid, e))? {
                 return Err(Error::Foreign(member.pid));
             }

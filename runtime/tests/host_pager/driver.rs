@@ -146,9 +146,12 @@ impl Ground {
     /// The process that has this name.
     fn who(&self, name: &str) -> Option<Pid> {
         let all = self.own.processes().unwrap_or_default();
-        let found = all
-            .into_iter()
-            .find(|pid| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm.trim() == name));
+        // One that is dead and not awaited yet still stands in the list, with its name.
+        let lives = |pid: &i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.contains(&format!("({name})")) && !stat.contains(") Z") && !stat.contains(") X")
+        };
+        let found = all.into_iter().find(lives);
         found.map(Pid::from_raw)
     }
 
@@ -307,6 +310,11 @@ pub(crate) fn killed_in_turn() {
         let status = one(32768, 1000 + seed, 2500, |ground| {
             // Without Fill only faults and what the program does: this lasts as long as the program, or a second.
             for round in 0..12 {
+                // Two of three may be missing at a time, never all: what is killed last is replaced before the next.
+                let all = ["pgr-pager", "pgr-guardian", "pgr-deputy"];
+                until("all three", || {
+                    ground.folder.join(RESULT_FILE).exists() || all.iter().all(|name| ground.who(name).is_some())
+                });
                 let name = ["pgr-pager", "pgr-guardian", "pgr-pager", "pgr-deputy"][round % 4];
                 ground.kill(name);
                 std::thread::sleep(Duration::from_millis(7 + 13 * (seed as u64 % 3) + round as u64));

@@ -63,11 +63,24 @@ impl Pager {
         serde_json::from_str(&line).ok()
     }
 
-    fn kill(&self, name: &str) -> bool {
+    fn who(&self, name: &str) -> Option<i32> {
         let all = self.cgroup.processes().unwrap_or_default();
-        let comm = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        let found = all.into_iter().find(|pid| comm(pid).trim() == name);
-        found.is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok())
+        // One that is dead and not awaited yet still stands in the list, with its name.
+        let lives = |pid: &i32| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+            stat.contains(&format!("({name})")) && !stat.contains(") Z") && !stat.contains(") X")
+        };
+        all.into_iter().find(lives)
+    }
+
+    /// Kills one once all three stand: all dead at once is another matter.
+    fn kill(&self, name: &str) -> bool {
+        eventually("guardian, deputy and pager stand, or all is done", || {
+            let all = ["pgr-guardian", "pgr-deputy", "pgr-pager"];
+            self.folder.join(RESULT_FILE).exists() || all.iter().all(|name| self.who(name).is_some())
+        });
+        self.who(name)
+            .is_some_and(|pid| kill(Pid::from_raw(pid), Signal::SIGKILL).is_ok())
     }
 
     fn end(mut self) -> Status {
