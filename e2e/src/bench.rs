@@ -217,7 +217,7 @@ fn memory(stage: &Stage) -> Result<Vec<Figure>> {
         let mut samples = Vec::new();
         for node in stage.nodes() {
             let script = format!(
-                "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && sed -n 's/^VmRSS: *\\([0-9]*\\) kB/\\1/p' $p/status; done; true"
+                "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && sed -n 's/^VmRSS:[[:space:]]*\\([0-9]*\\) kB/\\1/p' $p/status; done; true"
             );
             for line in stage.on_node(node, &script)?.lines() {
                 samples.push(

@@ -89,6 +89,15 @@ impl Drop for WarmMemory {
     }
 }
 
+/// Gives back to the kernel what the allocator keeps after a lot was in use. Takes milliseconds.
+pub fn give_back() {
+    // SAFETY: looks at the allocator's own lists only; where there is no glibc it is not called.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

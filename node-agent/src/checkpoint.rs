@@ -192,7 +192,7 @@ pub fn dump_cgroup(uid: &str, container: usize) -> Result<PathBuf, Error> {
 }
 
 impl Dump {
-    /// Makes the place where it is parked. Until somebody accepts on the socket and writes [`PARK_GO`] it touches nothing; when
+    /// Makes the place where it is parked. Until somebody accepts on the socket and writes [`protocol::hand_off::PARK_GO`] it touches nothing; when
     /// the socket is closed before, it ends.
     ///
     /// # Errors

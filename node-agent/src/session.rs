@@ -581,6 +581,8 @@ impl Sessions {
                 }
             });
             let crashed = done.await.is_err();
+            // The buffers of a transfer would stay with the allocator: an agent at rest is small.
+            drop(tokio::task::spawn_blocking(hostsys::warm_memory::give_back));
             me.handles.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
             if crashed {
                 tracing::error!(

@@ -443,6 +443,13 @@ impl Cluster {
                     m.metadata.deletion_timestamp.get_or_insert(Time(at));
                 });
             }
+            Action::ForceDelete => {
+                let at = self.time();
+                self.user_changes(move |m| {
+                    m.metadata.finalizers = None;
+                    m.metadata.deletion_timestamp.get_or_insert(Time(at));
+                });
+            }
             Action::DeletePod => self.user_deletes_pod(true),
             Action::DeleteTarget => self.user_deletes_pod(false),
         }

@@ -41,6 +41,8 @@ pub(crate) enum Action {
     DeletePod,
     /// The user deletes the migration.
     DeleteMigration,
+    /// Somebody takes the migration's finalizers away and deletes it.
+    ForceDelete,
     /// Somebody deletes the target pod.
     DeleteTarget,
 }

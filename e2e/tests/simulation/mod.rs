@@ -12,8 +12,8 @@
 //! The model is ahead of the code where the code breaks a rule that a run has shown to be needed ([`fault::Broken`]):
 //! `BeginsUnasked` and `OnlyShepherdMarks` are how node-agent/src/session does it at the time of writing.
 //!
-//! Not in it: several containers, `Cold`, a migration whose finalizer is taken away by force, source pods whose runtime is
-//! not the wrapper, damaged journals, disks that fail.
+//! Not in it: several containers, `Cold`, a migration whose finalizer is taken away by force behind the commit, source pods
+//! whose runtime is not the wrapper, damaged journals, disks that fail.
 
 #![allow(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "a test")]
 
