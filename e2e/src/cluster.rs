@@ -290,6 +290,7 @@ fn whole(state: &State) -> bool {
 /// Takes everything away, in an order in which nothing comes back.
 fn remove_all(home: &Path) -> Result<()> {
     Cgroup::all()?.destroy()?;
+    machine::forget_settings()?;
     for name in netns::ours() {
         netns::delete(&name)?;
     }

@@ -3,7 +3,7 @@
 //! A dump and a restore wait for a grace period again and again: when a process changes its cgroup, when a mount or a network
 //! namespace goes, when a packet filter changes. Each wait takes about 10 ms, unless the kernel is asked to hurry
 //! (`/sys/kernel/rcu_expedited`, since 2.6.36): then it interrupts every processor once and goes on, within a tenth of a
-//! millisecond. That costs all other programs too little to be left on only where it must not be left on for ever.
+//! millisecond. That takes a little from every other program, so it is turned off again at once.
 
 use std::{
     fs, io,

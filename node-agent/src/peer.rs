@@ -608,16 +608,13 @@ mod tests {
         let source = async {
             let mut link = to_target(source_end);
             let fail = |link: &ToTarget| link.end.reason().unwrap_or_else(|| "ended".into());
+            let outbox = link.outbox.clone();
             let say = |m| {
-                let outbox = link.outbox.clone();
+                let outbox = outbox.clone();
                 async move { outbox.message(m).await.map_err(|e| e.to_string()) }
             };
             say(offer()).await?;
             link.heard.recv().await.ok_or_else(|| fail(&link))?;
-            let say = |m| {
-                let outbox = link.outbox.clone();
-                async move { outbox.message(m).await.map_err(|e| e.to_string()) }
-            };
             say(FromSource::Manifest(Manifest {
                 containers: vec!["c".into()],
                 descriptors: Vec::new(),
@@ -627,12 +624,8 @@ mod tests {
             }))
             .await?;
             link.heard.recv().await.ok_or_else(|| fail(&link))?;
-            let outbox = link.outbox.clone();
-            outbox.message(FromSource::Frozen).await.map_err(|e| e.to_string())?;
-            outbox
-                .message(FromSource::Facts(Facts::default()))
-                .await
-                .map_err(|e| e.to_string())?;
+            say(FromSource::Frozen).await?;
+            say(FromSource::Facts(Facts::default())).await?;
             let queue = outbox.clone();
             let bytes: Vec<u8> = (0..size).map(|n| u8::try_from(n % 251).unwrap()).collect();
             tokio::task::spawn_blocking(move || queue.content(Place::Images(0), b"pages-1.img", &bytes))
@@ -643,14 +636,14 @@ mod tests {
                 entries: outbox.entries(),
                 bytes: outbox.bytes(),
             };
-            outbox.message(complete).await.map_err(|e| e.to_string())?;
+            say(complete).await?;
             match link.heard.recv().await {
                 Some(FromTarget::Received) => Ok(()),
                 other => Err(format!("{other:?}: {}", fail(&link))),
             }
         };
         let target = async {
-            let mut link = from_source_stream(b);
+            let mut link = super::from_source(b);
             let mut got = Vec::new();
             loop {
                 let Some(event) = link.events.recv().await else {
@@ -691,10 +684,6 @@ mod tests {
                 (Err("cut".into()), Err("cut".into()))
             }
         }
-    }
-
-    fn from_source_stream(stream: tokio::io::DuplexStream) -> FromSourceSide {
-        from_source(stream)
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -82,7 +82,8 @@ impl Machine {
     pub(super) fn crash(&self) -> Result<()> {
         self.cgroup
             .destroy()
-            .with_context(|| format!("cannot end the machine {}", self.name))
+            .with_context(|| format!("cannot end the machine {}", self.name))?;
+        forget_settings()
     }
 
     /// Gives init an order and returns its answer.
@@ -112,6 +113,18 @@ fn is_init(status: &str) -> bool {
             let pids: Vec<&str> = pids.split_whitespace().collect();
             pids.len() == 2 && pids[1] == "1"
         })
+}
+
+/// A machine that loses its power loses what an agent has set in its kernel for the length of a freeze. Ours share one kernel.
+///
+/// # Errors
+/// If the kernel refuses.
+pub(super) fn forget_settings() -> Result<()> {
+    const HURRY: &str = "/sys/kernel/rcu_expedited";
+    if std::fs::read_to_string(HURRY).is_ok_and(|value| value.trim() != "0") {
+        std::fs::write(HURRY, "0").with_context(|| format!("cannot write {HURRY}"))?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -20,8 +20,8 @@ const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_NOOP: u16 = 1;
-/// `struct nfgenmsg` behind the header.
-const LEN: u32 = 20;
+/// With a `struct nfgenmsg` behind the header.
+pub(crate) const LEN: u32 = 20;
 
 /// Makes the question for the whole table one for nothing; every other is left as it is.
 pub(crate) fn ask_for_nothing(header: &mut Header) {

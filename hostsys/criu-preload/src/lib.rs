@@ -118,9 +118,9 @@ pub unsafe extern "C" fn sendmsg(socket: c_int, message: *const c_void, flags: c
         && message.count == 1
         // SAFETY: it has one part.
         && let Some(part) = unsafe { message.parts.as_ref() }
-        && part.len == 20
+        && part.len == conntrack::LEN as usize
         && part.start.cast::<conntrack::Header>().is_aligned()
-        // SAFETY: a part of 20 bytes holds a header of 16, which is the caller's own request.
+        // SAFETY: a part of this length holds a header of 16 bytes, which is the caller's own request.
         && let Some(header) = unsafe { part.start.cast::<conntrack::Header>().as_mut() }
     {
         conntrack::ask_for_nothing(header);

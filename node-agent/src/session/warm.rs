@@ -13,15 +13,8 @@ const WITHIN: Duration = Duration::from_secs(8);
 /// Takes `bytes`, never more than half of what is free. None is no error: then it is taken inside the freeze.
 pub(super) async fn warm(bytes: u64) -> Option<WarmMemory> {
     let bytes = bytes.min(checkpoint::available_memory() / 2);
-    match blocking(move || WarmMemory::take(bytes, WITHIN)).await {
-        Ok(Ok(memory)) => Some(memory),
-        Ok(Err(error)) => {
-            tracing::debug!(%error, bytes, "no memory was made ready before the freeze");
-            None
-        }
-        Err(error) => {
-            tracing::debug!(%error, bytes, "no memory was made ready before the freeze");
-            None
-        }
-    }
+    let taken = blocking(move || WarmMemory::take(bytes, WITHIN)).await.ok()?;
+    taken
+        .inspect_err(|error| tracing::debug!(%error, bytes, "no memory was made ready before the freeze"))
+        .ok()
 }
