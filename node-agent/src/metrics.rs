@@ -1,6 +1,6 @@
 //! Metrics of the agent. Labels are enums and names of steps, never names of pods or error texts.
 
-use std::sync::Mutex;
+use std::{sync::Mutex, time::Duration};
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -9,6 +9,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
+
+use crate::decide::step::{Role, Step};
 
 /// `(name, value)` pairs of a series.
 pub type Labels = Vec<(&'static str, &'static str)>;
@@ -27,8 +29,6 @@ pub struct Metrics {
     pub attempts: Family<Labels, Counter>,
     /// `peregrine_step_seconds{role,step,outcome}`
     pub step_seconds: Family<Labels, Histogram>,
-    /// `peregrine_freeze_seconds{part}`
-    pub freeze_seconds: Family<Labels, Histogram>,
     /// `peregrine_transfer_bytes_total{direction}`
     pub transfer_bytes: Family<Labels, Counter>,
     /// `peregrine_node_ready`, `peregrine_node_compatible`
@@ -53,7 +53,6 @@ impl Default for Metrics {
             preflight_seconds: seconds(),
             attempts: Family::default(),
             step_seconds: Family::new_with_constructor(seconds),
-            freeze_seconds: Family::new_with_constructor(seconds),
             transfer_bytes: Family::default(),
             ready: Gauge::default(),
             compatible: Gauge::default(),
@@ -82,7 +81,6 @@ impl Default for Metrics {
             "Duration of a step of an attempt",
             metrics.step_seconds.clone(),
         );
-        registry.register("freeze_seconds", "Freeze, by part", metrics.freeze_seconds.clone());
         registry.register(
             "transfer_bytes",
             "Bytes between agents, by direction",
@@ -111,6 +109,29 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// A step has ended.
+    pub fn step(&self, step: Step, succeeded: bool, took: Duration) {
+        let labels = vec![
+            ("role", step.role().as_str()),
+            ("step", step.name()),
+            ("outcome", if succeeded { "succeeded" } else { "failed" }),
+        ];
+        self.step_seconds.get_or_create(&labels).observe(took.as_secs_f64());
+    }
+
+    /// An attempt has ended.
+    pub fn attempt(&self, role: Role, committed: bool) {
+        let result = if committed { "committed" } else { "aborted" };
+        let labels = vec![("role", role.as_str()), ("result", result)];
+        self.attempts.get_or_create(&labels).inc();
+    }
+
+    /// Bytes that went to another agent, or came from one.
+    pub fn transferred(&self, direction: &'static str, bytes: u64) {
+        let labels = vec![("direction", direction)];
+        self.transfer_bytes.get_or_create(&labels).inc_by(bytes);
+    }
+
     /// In the OpenMetrics text format.
     #[must_use]
     pub fn render(&self) -> String {
@@ -119,5 +140,31 @@ impl Metrics {
         // Writing to a String cannot fail.
         let _ = encode(&mut text, &registry);
         text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_counted_is_shown_by_role_step_and_result() {
+        let metrics = Metrics::default();
+        metrics.step(Step::SourceDump, true, Duration::from_millis(3));
+        metrics.step(Step::TargetRestore, false, Duration::from_secs(2));
+        metrics.attempt(Role::Source, true);
+        metrics.attempt(Role::Target, false);
+        metrics.transferred("sent", 7);
+        metrics.transferred("sent", 5);
+        let text = metrics.render();
+        for line in [
+            "peregrine_step_seconds_count{role=\"source\",step=\"source.dump\",outcome=\"succeeded\"} 1",
+            "peregrine_step_seconds_sum{role=\"target\",step=\"target.restore\",outcome=\"failed\"} 2.0",
+            "peregrine_attempts_total{role=\"source\",result=\"committed\"} 1",
+            "peregrine_attempts_total{role=\"target\",result=\"aborted\"} 1",
+            "peregrine_transfer_bytes_total{direction=\"sent\"} 12",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
     }
 }

@@ -100,6 +100,7 @@ pub async fn run(args: RunArgs, host: Host) -> Result<(), Error> {
         checkpoint_limit_bytes,
         destroys_sockets: hostsys::sock_diag::can_destroy(),
         faults: faults(&args)?,
+        metrics: metrics.clone(),
     });
     if let Err(error) = hostsys::rcu::calm_down() {
         tracing::warn!(%error, "an earlier agent has left the kernel in a hurry (/sys/kernel/rcu_expedited)");

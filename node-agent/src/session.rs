@@ -55,6 +55,7 @@ use crate::{
     fault::Faults,
     identity::PeerTls,
     journal::{self, JOURNALS, Journal, Record, Start},
+    metrics::Metrics,
     page_link,
     peer::{self, Accepted, Event, FromSourceSide},
 };
@@ -84,6 +85,8 @@ pub struct SessionContext {
     pub destroys_sockets: bool,
     /// Faults of tests.
     pub faults: Faults,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
 }
 
 /// A connection that names this node's session.
@@ -282,10 +285,10 @@ impl Task {
 
 /// Opens the journal of a session for its first record, or as it was left.
 async fn open_ledger(ctx: &SessionContext, uid: &str, role: Role) -> Result<Ledger, ledger::Failed> {
-    let (uid, faults) = (uid.to_owned(), ctx.faults.clone());
+    let (uid, faults, metrics) = (uid.to_owned(), ctx.faults.clone(), ctx.metrics.clone());
     let opened = ledger::blocking(move || Journal::open(Path::new(JOURNALS), &uid, role)).await?;
     opened
-        .map(|journal| Ledger::new(journal, faults))
+        .map(|journal| Ledger::new(journal, faults, metrics))
         .map_err(|e| ledger::Failed::because(Reason::StepFailed, &e))
 }
 

@@ -14,6 +14,7 @@ use crate::{
     decide::step::Step,
     fault::{Action, Faults, When},
     journal::{Journal, Record},
+    metrics::Metrics,
 };
 
 /// Between two tries of what must happen.
@@ -97,6 +98,7 @@ impl Stop {
 pub(super) struct Ledger {
     journal: Arc<Mutex<Journal>>,
     faults: Faults,
+    metrics: Arc<Metrics>,
     /// Why the forward steps are to stop.
     pub stop: Stop,
 }
@@ -104,10 +106,11 @@ pub(super) struct Ledger {
 impl Ledger {
     /// For an open journal.
     #[must_use]
-    pub(super) fn new(journal: Journal, faults: Faults) -> Self {
+    pub(super) fn new(journal: Journal, faults: Faults, metrics: Arc<Metrics>) -> Self {
         Self {
             journal: Arc::new(Mutex::new(journal)),
             faults,
+            metrics,
             stop: Stop::default(),
         }
     }
@@ -147,9 +150,26 @@ impl Ledger {
     /// # Errors
     /// The disk refuses: then nothing may be done that the record announces.
     pub(super) async fn record(&self, record: Record) -> Result<(), Failed> {
+        let settled = record == Record::Settled;
         let journal = self.journal.clone();
         let written = blocking(move || journal.lock().unwrap_or_else(PoisonError::into_inner).append(record)).await?;
-        written.map_err(|e| Failed::because(Reason::StepFailed, &e))
+        written.map_err(|e| Failed::because(Reason::StepFailed, &e))?;
+        if settled {
+            self.count();
+        }
+        Ok(())
+    }
+
+    /// Counts an attempt that has ended.
+    fn count(&self) {
+        let records = self.records();
+        let decided = records.iter().find_map(|r| match r {
+            Record::Decided { committed, .. } => Some(*committed),
+            _ => None,
+        });
+        if let (Some(Record::Start(start)), Some(committed)) = (records.first(), decided) {
+            self.metrics.attempt(start.role, committed);
+        }
     }
 
     /// Runs a step of the way forward: it does not begin when the session is to stop.
@@ -220,7 +240,9 @@ impl Ledger {
                 format!("step {} did not end within {:?}", step.name(), step.deadline()),
             ))
         });
-        let elapsed_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let elapsed = begun.elapsed();
+        self.metrics.step(step, result.is_ok(), elapsed);
+        let elapsed_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
         match &result {
             Ok(_) => {
                 tracing::info!(step = step.name(), elapsed_ms, "step done");

@@ -340,6 +340,7 @@ impl Attempt {
             .await
         };
         ledger.forward(Step::SourceComplete, complete).await?;
+        task.ctx.metrics.transferred("sent", outbox.bytes());
         let bytes = i64::try_from(outbox.bytes()).unwrap_or(i64::MAX);
         let closed = u32::try_from(self.outside).unwrap_or(u32::MAX);
         let sent = millis(frozen_at);

@@ -171,6 +171,7 @@ impl Attempt {
         facts = received.facts;
         self.frozen_at = Some(frozen_at);
         follow_source(received.events, ledger);
+        task.ctx.metrics.transferred("received", received.bytes);
         let received_milliseconds = millis(frozen_at);
         task.publish(|half| half.target.received_milliseconds = Some(received_milliseconds));
         if let Some(say_to) = &self.say {

@@ -106,6 +106,8 @@ pub(super) struct Incoming {
 pub(super) struct Received {
     pub(super) events: mpsc::Receiver<Event>,
     pub(super) facts: Facts,
+    /// Bytes of all files.
+    pub(super) bytes: u64,
 }
 
 /// The folders that are written to, opened when the first entry for them comes.
@@ -167,6 +169,7 @@ pub(super) fn write_all(
     let mut at_freeze = Some(at_freeze);
     let mut facts = None;
     let mut frozen_at = None;
+    let mut bytes = 0;
     loop {
         if matches!(go_on.try_recv(), Err(std::sync::mpsc::TryRecvError::Disconnected)) {
             return Err(Failed::new(Reason::TransferFailed, "the copy was given up"));
@@ -199,10 +202,11 @@ pub(super) fn write_all(
                 buffer,
                 len,
             } => {
-                let bytes = buffer.get(frame::DATA_HEADER..len).unwrap_or_default();
+                let piece = buffer.get(frame::DATA_HEADER..len).unwrap_or_default();
+                bytes += piece.len() as u64;
                 trees
                     .of_file(file)?
-                    .piece(file, offset, bytes)
+                    .piece(file, offset, piece)
                     .map_err(|e| writing(&e))?;
                 incoming.spare.give_back(buffer);
             }
@@ -232,7 +236,7 @@ pub(super) fn write_all(
                 }
                 let facts = facts.unwrap_or_default();
                 let events = incoming.events;
-                return Ok((Received { events, facts }, frozen_at.unwrap_or_else(Instant::now)));
+                return Ok((Received { events, facts, bytes }, frozen_at.unwrap_or_else(Instant::now)));
             }
             Event::Message(
                 machine::Output::Offer(_)
