@@ -89,13 +89,27 @@ impl Pagemap {
     }
 
     /// As [`Pagemap::held`], and what was written is protected again, each page in the same moment in which it is looked
-    /// at: a write that comes later makes it written again.
+    /// at: a write that comes later makes it written again. False: something there is not tracked (any more). The kernel
+    /// ends with EPERM when it comes to that, and does not say what it has protected until then: all pages are given as
+    /// written, or one that was written and is protected now would never be seen again.
     ///
     /// # Errors
-    /// ESRCH: the address space is gone. EPERM: something there is not tracked (any more); what was found before is in
-    /// `found`, and was protected.
-    pub fn held_and_protect(&mut self, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<()> {
-        self.scan(PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, start, end, found)
+    /// ESRCH: the address space is gone.
+    pub fn held_and_protect(&mut self, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<bool> {
+        let mut here = Vec::new();
+        let scanned = self.scan(PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, start, end, &mut here);
+        let tracked = match scanned {
+            Ok(()) => true,
+            Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {
+                here.clear();
+                self.held(start, end, &mut here)?;
+                here.iter_mut().for_each(|region| region.flags |= WRITTEN);
+                false
+            }
+            Err(error) => return Err(error),
+        };
+        here.into_iter().for_each(|region| add(found, region));
+        Ok(tracked)
     }
 
     fn scan(&mut self, flags: u64, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<()> {
@@ -133,8 +147,7 @@ impl Pagemap {
                         add(found, *region);
                     }
                 }
-                Err(Errno::EINTR) if arg.walk_end > at => {}
-                Err(Errno::EINTR) => continue,
+                // Also EINTR, which only a deadly signal brings.
                 Err(error) => return Err(error.into()),
             }
             if arg.walk_end <= at {

@@ -335,11 +335,11 @@ mod tests {
         uffd.register(start, end).unwrap();
         let mut map = Pagemap::of(shell.pid()).unwrap();
         let mut found = Vec::new();
-        map.held_and_protect(start, end, &mut found).unwrap();
+        assert!(map.held_and_protect(start, end, &mut found).unwrap());
         let all = pages(&found, WRITTEN);
         assert!(all > 0 && pages(&found, TRACKED) == all, "{found:?}");
         found.clear();
-        map.held_and_protect(start, end, &mut found).unwrap();
+        assert!(map.held_and_protect(start, end, &mut found).unwrap());
         // It only waits for its standard input.
         assert_eq!(pages(&found, WRITTEN), 0, "{found:?}");
         assert_eq!(pages(&found, TRACKED), all);
@@ -357,6 +357,23 @@ mod tests {
             "{found:?}"
         );
         assert_eq!(shell.say("echo $x"), "12345");
+    }
+
+    #[test]
+    fn pages_before_one_that_is_not_tracked_count_as_written_although_they_were_protected() {
+        let mut shell = Shell::start();
+        assert_eq!(shell.say("x=1; echo $x"), "1");
+        let Some(uffd) = in_process(shell.pid()) else { return };
+        let (start, end) = shell.heap();
+        let first = start + 4096;
+        uffd.register(start, first).unwrap();
+        let mut map = Pagemap::of(shell.pid()).unwrap();
+        for _ in 0..2 {
+            let mut found = Vec::new();
+            assert!(!map.held_and_protect(start, end, &mut found).unwrap());
+            assert!(found.iter().any(|r| r.start < first), "{found:?}");
+            assert!(found.iter().all(|r| r.flags & WRITTEN != 0), "{found:?}");
+        }
     }
 
     #[test]

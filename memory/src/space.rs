@@ -235,12 +235,10 @@ impl Space {
         let mut found = Vec::new();
         let mut followed = self.areas.is_empty();
         for area in &self.areas {
-            match map.held_and_protect(area.start, area.end, &mut found) {
-                Ok(()) => followed = true,
-                // The area was replaced by another since it was registered: the next round sees it.
-                Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => {}
-                Err(_) => return Err(Lost::Gone),
-            }
+            // Not tracked: the area was replaced by another since it was registered. The next round registers that.
+            followed |= map
+                .held_and_protect(area.start, area.end, &mut found)
+                .map_err(|_| Lost::Gone)?;
         }
         if !followed {
             // None of what we registered is tracked in this process: it executes another program by now.
