@@ -112,6 +112,20 @@ impl Pagemap {
         Ok(tracked)
     }
 
+    /// Whether the area at an address is tracked.
+    ///
+    /// # Errors
+    /// ESRCH: the address space is gone.
+    pub fn is_tracked(&mut self, address: u64) -> io::Result<bool> {
+        let page =
+            u64::try_from(nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096)).unwrap_or(4096);
+        match self.scan(PM_SCAN_CHECK_WPASYNC, address, address + page, &mut Vec::new()) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(Errno::EPERM as i32) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     fn scan(&mut self, flags: u64, start: u64, end: u64, found: &mut Vec<Region>) -> io::Result<()> {
         let without = ZERO | if knows_guards() { GUARD } else { 0 };
         let arg = ScanArg {

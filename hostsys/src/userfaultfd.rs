@@ -149,6 +149,24 @@ impl Userfaultfd {
         Errno::result(result).map(drop)
     }
 
+    /// All pages of an area that was registered count as written, whatever the page tables say. They may say anything: when
+    /// a program moves a mapping (mremap) to where it becomes one with a neighbour, Linux (seen on 6.18) takes both from the
+    /// userfaultfd and leaves the marks of the neighbour's pages in place, so that writes to them go unseen.
+    ///
+    /// # Errors
+    /// ENOENT: the area is not registered (any more).
+    pub fn forget_marks(&self, start: u64, end: u64) -> Result<(), Errno> {
+        let mut arg = WriteProtect {
+            start,
+            len: end.saturating_sub(start),
+            mode: 0,
+        };
+        // SAFETY: `arg` has the layout of `struct uffdio_writeprotect` and outlives the call. Taking protection away changes
+        // nothing that the process could notice.
+        let result = unsafe { libc::ioctl(self.fd.as_fd().as_raw_fd(), UFFDIO_WRITEPROTECT as _, &raw mut arg) };
+        Errno::result(result).map(drop)
+    }
+
     /// Ends it for an area, whether it was registered or not.
     ///
     /// # Errors

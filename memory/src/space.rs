@@ -179,8 +179,15 @@ impl Space {
         }
         self.stacks = look.stacks;
         self.areas.clear();
+        let mut map = Pagemap::of(self.pid).map_err(|_| Lost::Gone)?;
         for area in look.areas {
-            match self.uffd.register(area.start, area.end) {
+            // What is tracked is left alone: an area that the kernel has let go since is then found by the scan.
+            if map.is_tracked(area.start).map_err(|_| Lost::Gone)? {
+                self.areas.push(area);
+                continue;
+            }
+            let registered = self.uffd.register(area.start, area.end);
+            match registered.and_then(|()| self.uffd.forget_marks(area.start, area.end)) {
                 Ok(()) => self.areas.push(area),
                 Err(Errno::EBUSY) => return Err(Lost::Untracked(Untracked::Shared)),
                 Err(_) if self.uffd.is_gone() => return Err(Lost::Gone),

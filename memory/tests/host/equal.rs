@@ -50,10 +50,17 @@ fn differs(pid: i32, at: u64, ours: &[u8], theirs: &[u8], stored: bool) -> Strin
     map.held(at, at + page_size(), &mut found).unwrap();
     std::thread::sleep(Duration::from_millis(50));
     let mut again = vec![0; ours.len()];
-    File::open(format!("/proc/{pid}/mem")).unwrap().read_exact_at(&mut again, at).unwrap();
+    File::open(format!("/proc/{pid}/mem"))
+        .unwrap()
+        .read_exact_at(&mut again, at)
+        .unwrap();
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    mapping.push_str(&format!("{first}..={last} store {:x?} process {:x?} flags {found:x?} same again {} {stat}",
-        ours.get(first.saturating_sub(2)..first + 3), theirs.get(first.saturating_sub(2)..first + 3), again == theirs));
+    mapping.push_str(&format!(
+        "{first}..={last} store {:x?} process {:x?} flags {found:x?} same again {} {stat}",
+        ours.get(first.saturating_sub(2)..first + 3),
+        theirs.get(first.saturating_sub(2)..first + 3),
+        again == theirs
+    ));
     format!(
         "differs in {bytes} bytes (stored: {stored}, zeros: {} in the store, {} in the process); {mapping}",
         zeros(ours),
@@ -106,7 +113,11 @@ fn compare(store: &Path, pid: i32) -> u64 {
                 // The last pages of the file may be a hole behind its end: none of the store's runs are.
                 pages.read_exact_at(&mut ours, at).unwrap();
             }
-            assert!(ours == theirs, "page {at:#x} of process {pid} {}", differs(pid, at, &ours, &theirs, !here.is_empty()));
+            assert!(
+                ours == theirs,
+                "page {at:#x} of process {pid} {}",
+                differs(pid, at, &ours, &theirs, !here.is_empty())
+            );
             equal += page_size();
         }
     }
@@ -231,6 +242,18 @@ fn host_forks_and_programs_that_become_others_are_copied_exactly() {
             if copy_and_compare(&workload, &format!("forks-{seed}-{again}"), 5, 2).is_none() {
                 return;
             }
+        }
+    }
+}
+
+#[test]
+fn host_a_mapping_that_becomes_one_with_another_that_was_moved_is_copied_exactly() {
+    let Some(workload) = Workload::mover() else {
+        return;
+    };
+    for again in 0..4 {
+        if copy_and_compare(&workload, &format!("mover-{again}"), 6, 2).is_none() {
+            return;
         }
     }
 }

@@ -46,13 +46,17 @@ impl Workload {
     }
 
     pub(crate) fn writer(seed: u32, forks: bool) -> Option<Self> {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/writer.py");
+        let script = script("writer.py");
         let seed = seed.to_string();
-        let mut arguments = vec![script.to_str().unwrap(), &seed];
+        let mut arguments = vec![script.as_str(), &seed];
         if forks {
             arguments.push("forks");
         }
         Self::start("python3", &arguments)
+    }
+
+    pub(crate) fn mover() -> Option<Self> {
+        Self::start("python3", &[&script("mover.py")])
     }
 
     pub(crate) fn group(&self) -> i32 {
@@ -118,6 +122,10 @@ impl Drop for Workload {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+fn script(name: &str) -> String {
+    format!("{}/tests/{name}", env!("CARGO_MANIFEST_DIR"))
 }
 
 /// A folder in a memory file system.
