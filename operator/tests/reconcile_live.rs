@@ -77,7 +77,7 @@ async fn refusals_name_their_reason() {
     assert!(status.decision.is_none());
     assert!(format!("{:?}", status.eligibility).contains("ReplicaSet/rs"));
     stage
-        .migrate("strategy", "free", json!({"strategy": {"type": "PreCopy"}}))
+        .migrate("strategy", "free", json!({"strategy": {"type": "PostCopy"}}))
         .await;
     stage.finished("strategy", Phase::Failed, "StrategyNotAvailable").await;
     stage

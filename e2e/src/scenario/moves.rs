@@ -106,8 +106,16 @@ impl Move {
 /// # Errors
 /// If the move does not succeed, or the oracle finds something wrong afterwards.
 pub fn move_to(stage: &Stage, subject: &mut Subject, target: Option<&str>) -> Result<ProcessMigration> {
+    move_with(stage, subject, target, &json!({}))
+}
+
+/// As [`move_to`], with more in the migration's spec.
+///
+/// # Errors
+/// As [`move_to`].
+pub fn move_with(stage: &Stage, subject: &mut Subject, target: Option<&str>, more: &Value) -> Result<ProcessMigration> {
     let source = subject.node(stage)?;
-    let migration = Move::create(stage, &subject.pod, target, &json!({}))?.settled(stage)?;
+    let migration = Move::create(stage, &subject.pod, target, more)?.settled(stage)?;
     succeeded(&migration)?;
     follow(subject, &migration)?;
     let node = subject.node(stage)?;

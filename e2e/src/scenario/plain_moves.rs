@@ -1,11 +1,12 @@
 //! Moves that succeed: A to B to C and back, small and large, root and ordinary user, one container and three.
 
 use anyhow::{Context as _, Result, ensure};
+use crds::ProcessMigration;
 use crds::process_migration::Phase;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::Scenario;
-use super::moves::{Move, follow, is_true, move_to, phase, story};
+use super::moves::{Move, follow, is_true, move_to, move_with, phase, story};
 use super::stage::Stage;
 use super::subject::{Plan, Subject};
 use crate::invariants;
@@ -21,6 +22,16 @@ pub(super) fn scenarios() -> Vec<Scenario> {
             .case(case)
         })
         .collect();
+    all.extend(["root-64", "user-1024", "three-containers"].into_iter().map(|case| {
+        Scenario::new(
+            format!(
+                "a_pod_copied_while_it_runs_moves_from_a_to_b_to_c_to_a_{}",
+                case.replace('-', "_")
+            ),
+            copied_while_it_runs,
+        )
+        .case(case)
+    }));
     all.push(Scenario::new("a_cold_move_is_a_new_start_and_says_so", cold));
     all.push(Scenario::new(
         "a_target_chosen_by_the_scheduler_is_another_node",
@@ -44,8 +55,8 @@ fn stock(stage: &Stage, _: &str) -> Result<()> {
 }
 
 /// The plan for a case.
-fn plan(stage: &Stage, case: &str) -> Result<Plan> {
-    let name = format!("move-{case}");
+fn plan(stage: &Stage, name: &str, case: &str) -> Result<Plan> {
+    let name = format!("{name}-{case}");
     let node = stage.nodes().first().cloned();
     let plan = Plan {
         node,
@@ -73,6 +84,31 @@ fn plan(stage: &Stage, case: &str) -> Result<Plan> {
 }
 
 fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
+    around(
+        stage,
+        plan(stage, "move", case)?,
+        &json!({"strategy": {"type": "StopAndCopy"}}),
+        |_| Ok(()),
+    )
+}
+
+fn copied_while_it_runs(stage: &Stage, case: &str) -> Result<()> {
+    let plan = plan(stage, "precopy", case)?;
+    let memory = i64::from(plan.mib) * i64::from(plan.containers) << 20;
+    around(stage, plan, &json!({"strategy": {"type": "PreCopy"}}), |migration| {
+        let status = migration.status.as_ref();
+        let filling = status.and_then(|status| status.target.as_ref()?.filling.clone());
+        let filling = filling.context("the target had no memory to put in place")?;
+        ensure!(
+            filling.total_bytes >= memory && filling.remaining_bytes == 0,
+            "of {memory} bytes: {filling:?}"
+        );
+        Ok(())
+    })
+}
+
+/// Moves a pod once around, with a service that is asked after each move.
+fn around(stage: &Stage, plan: Plan, spec: &Value, check: impl Fn(&ProcessMigration) -> Result<()>) -> Result<()> {
     let [a, b, c] = stage.nodes() else {
         anyhow::bail!("three nodes are needed and there are {}", stage.nodes().len())
     };
@@ -81,10 +117,10 @@ fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
         &Plan {
             node: Some(c.clone()),
             mib: 1,
-            ..Plan::small(&format!("client-{case}"))
+            ..Plan::small(&format!("client-{}", plan.name))
         },
     )?;
-    let mut subject = Subject::start(stage, &plan(stage, case)?)?;
+    let mut subject = Subject::start(stage, &plan)?;
     let address = subject.add_service(stage)?;
     let start = subject.node(stage)?;
     let mut targets = vec![a, b, c];
@@ -94,7 +130,8 @@ fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
         .context("the pod is nowhere")?;
     targets.rotate_left(place + 1);
     for target in targets {
-        let migration = move_to(stage, &mut subject, Some(target))?;
+        let migration = move_with(stage, &mut subject, Some(target), spec)?;
+        check(&migration)?;
         let result = migration
             .status
             .as_ref()

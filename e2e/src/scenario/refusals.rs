@@ -260,7 +260,7 @@ fn owned(stage: &Stage, _: &str) -> Result<()> {
 
 fn strategy(stage: &Stage, _: &str) -> Result<()> {
     let subject = Subject::start(stage, &Plan::small("strategy"))?;
-    for strategy in ["PreCopy", "PostCopy", "Hybrid"] {
+    for strategy in ["PostCopy", "Hybrid"] {
         let migration =
             Move::create(stage, &subject.pod, None, &json!({"strategy": {"type": strategy}}))?.settled(stage)?;
         refused(&migration, "StrategyNotAvailable", strategy)?;

@@ -83,7 +83,12 @@ fn each_refusal_has_its_reason() {
         (
             with_spec(json!({"strategy": {"type": "PreCopy"}})),
             "StrategyNotAvailable",
-            "PreCopy",
+            "node a lacks userfaultfd-wp-async and pagemap-scan",
+        ),
+        (
+            with_spec(json!({"strategy": {"type": "PostCopy"}})),
+            "StrategyNotAvailable",
+            "PostCopy",
         ),
         (
             with_spec(json!({"strategy": {"type": "Hybrid"}})),

@@ -63,19 +63,47 @@ pub fn at_once(world: &World) -> Vec<Check> {
     checks.extend(other_migrations(world, source));
     if !world.is_cold() {
         checks.extend(source_node(world, source));
+        checks.extend(tracking(world, source));
     }
     checks
 }
 
 fn strategy(world: &World) -> Option<Check> {
     match world.migration.spec.strategy.type_ {
-        StrategyType::Cold | StrategyType::StopAndCopy => None,
-        missing @ (StrategyType::PreCopy | StrategyType::PostCopy | StrategyType::Hybrid) => Some(refused(
+        StrategyType::Cold | StrategyType::StopAndCopy | StrategyType::PreCopy => None,
+        missing @ (StrategyType::PostCopy | StrategyType::Hybrid) => Some(refused(
             "strategy",
             Reason::StrategyNotAvailable,
             format!("strategy {} is not available in this version", missing.as_str()),
         )),
     }
+}
+
+/// What the source's kernel must have for memory to be copied while the pod runs.
+const TRACKING: [&str; 2] = ["userfaultfd-wp-async", "pagemap-scan"];
+
+fn tracking(world: &World, source: &Pod) -> Option<Check> {
+    if world.migration.spec.strategy.type_ != StrategyType::PreCopy {
+        return None;
+    }
+    let name = pod::node(source)?;
+    let (_, status) = world.node(name)?.migration_node.as_ref()?;
+    let has = |feature: &str| {
+        let kernel = status.kernel.as_ref();
+        kernel.is_some_and(|kernel| kernel.features.iter().any(|f| f == feature))
+    };
+    let missing: Vec<&str> = TRACKING.into_iter().filter(|feature| !has(feature)).collect();
+    (!missing.is_empty()).then(|| Check {
+        node: Some(name.to_owned()),
+        ..refused(
+            "strategy",
+            Reason::StrategyNotAvailable,
+            format!(
+                "strategy PreCopy needs a kernel that notes which memory is written (Linux 6.7, on arm64 6.10): node {name} lacks {}",
+                missing.join(" and ")
+            ),
+        )
+    })
 }
 
 fn identity(world: &World, source: &Pod) -> Option<Check> {

@@ -236,7 +236,10 @@ pub(super) fn write_all(
                 }
                 let facts = facts.unwrap_or_default();
                 let events = incoming.events;
-                return Ok((Received { events, facts, bytes }, frozen_at.unwrap_or_else(Instant::now)));
+                return Ok((
+                    Received { events, facts, bytes },
+                    frozen_at.unwrap_or_else(Instant::now),
+                ));
             }
             Event::Message(
                 machine::Output::Offer(_)
