@@ -83,7 +83,9 @@ pub fn is_finished(migration: &ProcessMigration) -> bool {
     status(migration).is_some_and(|s| is_true(&s.conditions, cond::FINISHED))
 }
 
-fn strategy(migration: &ProcessMigration) -> StrategyType {
+/// The strategy in force.
+#[must_use]
+pub fn strategy(migration: &ProcessMigration) -> StrategyType {
     let effective = status(migration).and_then(|s| s.effective.as_ref()).map(|e| e.strategy);
     effective.unwrap_or(migration.spec.strategy.type_)
 }
@@ -91,8 +93,8 @@ fn strategy(migration: &ProcessMigration) -> StrategyType {
 /// Whether agents move memory in this migration, and are asked to.
 fn is_live(migration: &ProcessMigration) -> bool {
     let live = match strategy(migration) {
-        StrategyType::StopAndCopy => true,
-        StrategyType::Cold | StrategyType::PreCopy | StrategyType::PostCopy | StrategyType::Hybrid => false,
+        StrategyType::StopAndCopy | StrategyType::PreCopy => true,
+        StrategyType::Cold | StrategyType::PostCopy | StrategyType::Hybrid => false,
     };
     live && migration.spec.desired_state == DesiredState::Migrated && !is_finished(migration)
 }

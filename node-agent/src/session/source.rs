@@ -94,7 +94,7 @@ fn brief(task: &Task, migration: &ProcessMigration) -> Option<Brief> {
         target_pod_uid: target.pod_uid.clone()?,
         memory_bytes: source.memory_bytes.and_then(|b| u64::try_from(b).ok()).unwrap_or(0),
         progress_timeout: Duration::from_secs(u64::from(migration.spec.progress_timeout_seconds)),
-        precopy: (migration.spec.strategy.type_ == StrategyType::PreCopy).then(|| {
+        precopy: (assignment::strategy(migration) == StrategyType::PreCopy).then(|| {
             let most = migration.spec.max_freeze_milliseconds.map(u64::from);
             most.map_or(LONGEST_FREEZE, Duration::from_millis)
         }),
