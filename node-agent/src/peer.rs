@@ -621,6 +621,7 @@ mod tests {
                 memory_bytes: 1 << 20,
                 max_image_bytes: 1 << 30,
                 max_file_bytes: 0,
+                copied_before: false,
             }))
             .await?;
             link.heard.recv().await.ok_or_else(|| fail(&link))?;

@@ -38,6 +38,7 @@ fn session() -> Vec<(Kind, Vec<u8>)> {
             memory_bytes: 1 << 19,
             max_image_bytes: 1 << 20,
             max_file_bytes: 1 << 20,
+            copied_before: false,
         }),
         FromSource::Frozen,
         FromSource::Entry(Entry {

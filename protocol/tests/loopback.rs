@@ -36,6 +36,7 @@ fn manifest() -> Manifest {
         memory_bytes: 500,
         max_image_bytes: 1000,
         max_file_bytes: 100,
+        copied_before: false,
     }
 }
 

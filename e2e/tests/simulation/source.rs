@@ -500,6 +500,7 @@ async fn connect(task: &Task, brief: &Brief) -> Result<SourceEnd, Failed> {
         memory_bytes: 500_000,
         max_image_bytes: 1_000_000,
         max_file_bytes: 1_000_000,
+        copied_before: false,
     };
     say(&link, &FromSource::Manifest(manifest))?;
     hear(&link, |m| matches!(m, FromTarget::ManifestAccepted)).await?;

@@ -131,8 +131,10 @@ pub struct Manifest {
     /// What runc notes of each container's standard streams (`descriptors.json`), where the dumps are started already: a
     /// restore that is started before the freeze needs it. Empty: it is not started before.
     pub descriptors: Vec<String>,
-    /// Bytes of memory that the pod has now: what the target makes ready before the freeze.
+    /// Bytes of memory that the pod has now: what the target makes ready before the freeze. None where it is copied before.
     pub memory_bytes: u64,
+    /// The memory is copied while the pod runs, into stores: all containers are restored lazily.
+    pub copied_before: bool,
     /// Most bytes of all image files.
     pub max_image_bytes: u64,
     /// Most bytes of all files of root filesystems and /dev/shm.

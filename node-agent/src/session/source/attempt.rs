@@ -193,13 +193,9 @@ impl Attempt {
             &link,
             FromSource::Manifest(Manifest {
                 containers: pod.containers.iter().map(|c| c.name.clone()).collect(),
-                // What is copied while the pod runs needs no room in the freeze, and its restore is started with its store.
-                descriptors: if copied_before {
-                    Vec::new()
-                } else {
-                    descriptors(&self.parked).await?
-                },
+                descriptors: descriptors(&self.parked).await?,
                 memory_bytes: if copied_before { 0 } else { maxima.memory },
+                copied_before,
                 max_image_bytes: maxima.images,
                 max_file_bytes: maxima.files,
             }),

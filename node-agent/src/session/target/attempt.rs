@@ -33,7 +33,7 @@ use super::{
     pages::{Expected, Pages},
     parked::park,
     receive::{Incoming, Received, Targets, manifest_order, reserve, write_all},
-    restore::{adjust, hold_packets, restore},
+    restore::{adjust, hold_packets, restore, start_pager_ahead},
 };
 use crate::{
     checkpoint::Room,
@@ -101,11 +101,12 @@ impl Attempt {
         let reserved = ledger
             .forward(Step::TargetReserve, reserve(&mut link, &place, room.clone(), limit))
             .await;
-        let (order, facts, memory, descriptors);
+        let (order, facts, memory, descriptors, lazy);
         match reserved {
             Ok((manifest, ready)) => {
                 order = manifest_order(&manifest, &place)?;
                 memory = ready;
+                lazy = manifest.copied_before && !manifest.descriptors.is_empty();
                 descriptors = manifest.descriptors;
             }
             Err(why) => {
@@ -138,7 +139,14 @@ impl Attempt {
                 return Err(why);
             }
         };
-        let parked = match park(ledger, &room, &place, &order, &descriptors).await {
+        let pager = Pager::of(&self.brief.start.uid);
+        let ready = async {
+            if lazy {
+                start_pager_ahead(&pager, &room, &place, &order).await?;
+            }
+            park(ledger, &room, &place, &order, &descriptors, lazy).await
+        };
+        let parked = match ready.await {
             Ok(parked) => parked,
             Err(why) => {
                 self.link = Some(link);
@@ -185,7 +193,6 @@ impl Attempt {
             .await?;
         say_step(task, Step::TargetRestore);
         let restoring = Instant::now();
-        let pager = Pager::of(&self.brief.start.uid);
         ledger
             .forward(
                 Step::TargetRestore,

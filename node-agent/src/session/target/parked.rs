@@ -42,13 +42,14 @@ pub(super) struct ParkedRestore {
     answer: JoinHandle<Result<State, shepherds::Error>>,
 }
 
-/// Starts a restore of every container in the order of the manifest and waits until all are parked.
+/// Starts a restore of every container in the order of the manifest and waits until all are parked. `lazy`: a pager stands.
 pub(super) async fn park(
     ledger: &Ledger,
     room: &Room,
     place: &Ground,
     order: &[usize],
     descriptors: &[String],
+    lazy: bool,
 ) -> Result<Vec<ParkedRestore>, Failed> {
     let all = order
         .iter()
@@ -62,6 +63,7 @@ pub(super) async fn park(
                 container.id.clone(),
                 container.name.clone(),
                 text.clone(),
+                lazy,
             ))
         });
     tokio::select! {
@@ -70,7 +72,14 @@ pub(super) async fn park(
     }
 }
 
-async fn one(room: Room, n: u32, id: String, name: String, descriptors: String) -> Result<ParkedRestore, Failed> {
+async fn one(
+    room: Room,
+    n: u32,
+    id: String,
+    name: String,
+    descriptors: String,
+    lazy: bool,
+) -> Result<ParkedRestore, Failed> {
     let images = room.images(n);
     let (at, fifo) = (images.clone(), images.join(INVENTORY));
     let prepared = blocking(move || {
@@ -85,13 +94,15 @@ async fn one(room: Room, n: u32, id: String, name: String, descriptors: String) 
         std::fs::write(at.join(DESCRIPTORS), descriptors).map_err(failed)?;
         nix::unistd::mkfifo(&at.join(INVENTORY), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|e| failed(e.into()))?;
         Ok(Request::Restore {
-            lazy: false,
+            lazy,
             images: at.display().to_string(),
             work: room.work(n).display().to_string(),
         })
     });
     let request = prepared.await??;
-    let mut answer = tokio::spawn(async move { shepherds::ask(&id, &request, Step::TargetRestore.deadline()).await });
+    // It waits for all that is received first.
+    let limit = Step::TargetReceive.deadline() + Step::TargetRestore.deadline();
+    let mut answer = tokio::spawn(async move { shepherds::ask(&id, &request, limit).await });
     let begun = Instant::now();
     loop {
         // Refused until somebody reads. Opened by name: nothing was received yet that could have taken its place.

@@ -56,18 +56,38 @@ fn add_addresses(namespace: &Path, wanted: &[IpAddr]) -> Result<(), Failed> {
     Ok(())
 }
 
-/// The containers whose memory comes from stores, as the pager needs to know them.
-fn filled_containers(room: &Room, place: &Ground, order: &[usize]) -> Vec<protocol::pager::Container> {
+/// The containers as the pager needs to know them.
+fn known_to_pager(room: &Room, place: &Ground, order: &[usize]) -> Vec<(u32, protocol::pager::Container)> {
     let all = order.iter().zip(0u32..);
-    all.filter(|(_, n)| pager::has_store(&room.store(*n)))
-        .filter_map(|(index, n)| {
-            Some(protocol::pager::Container {
-                work: room.work(n).display().to_string(),
-                store: room.store(n).display().to_string(),
-                cgroup: place.containers.get(*index)?.cgroup.display().to_string(),
-            })
-        })
-        .collect()
+    all.filter_map(|(index, n)| {
+        let container = protocol::pager::Container {
+            work: room.work(n).display().to_string(),
+            store: room.store(n).display().to_string(),
+            cgroup: place.containers.get(*index)?.cgroup.display().to_string(),
+        };
+        Some((n, container))
+    })
+    .collect()
+}
+
+/// Starts the pager before there are stores: for all containers, which are then all restored lazily.
+pub(super) async fn start_pager_ahead(
+    pager: &Pager,
+    room: &Room,
+    place: &Ground,
+    order: &[usize],
+) -> Result<(), Failed> {
+    let (pager, room) = (pager.clone(), room.clone());
+    let known = known_to_pager(&room, place, order);
+    blocking(move || {
+        for (n, _) in &known {
+            // It listens there.
+            room.make_folders(*n)
+                .map_err(|e| failed("make the folders of a restore", &e))?;
+        }
+        start_pager(&pager, known.into_iter().map(|(_, container)| container).collect()).map(drop)
+    })
+    .await?
 }
 
 /// Starts the pager, unless that was done ahead or there is nothing to fill. Returns the work folders of the containers that
@@ -94,7 +114,9 @@ pub(super) async fn restore(
 ) -> Result<(), Failed> {
     let namespace = place.network_namespace.clone();
     blocking(move || add_addresses(&namespace, &wanted)).await??;
-    let (known, filled) = (pager.clone(), filled_containers(room, place, order));
+    let known = known_to_pager(room, place, order);
+    let filled = known.into_iter().filter(|(n, _)| pager::has_store(&room.store(*n)));
+    let (known, filled) = (pager.clone(), filled.map(|(_, container)| container).collect());
     let lazy = blocking(move || start_pager(&known, filled)).await??;
     let mut parked = parked.into_iter();
     let restores = order.iter().zip(0u32..).filter_map(|(index, n)| {
