@@ -154,15 +154,16 @@ pub struct Strategy {
     pub type_: StrategyType,
 }
 
-/// The strategies. Only `StopAndCopy` and `Cold` are available in this version.
+/// The strategies. `PostCopy` and `Hybrid` are not available in this version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum StrategyType {
     /// Non-preemptive: a new start on the target; the old one ends only after the new one is Ready. Memory is lost.
     Cold,
     /// Freeze, copy everything, restore, commit.
-    #[default]
     StopAndCopy,
-    /// Copy memory in rounds while the pod runs, then freeze for the rest.
+    /// Copy memory in rounds while the pod runs, then freeze for the rest. Where the source's kernel cannot note what is written
+    /// meanwhile, `StopAndCopy` takes its place.
+    #[default]
     PreCopy,
     /// Freeze, move the state without memory, fetch pages afterwards.
     PostCopy,

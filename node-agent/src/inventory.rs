@@ -151,6 +151,12 @@ impl Inventory {
         self.moved().map(|(_, p)| p.memory.to_move()).sum()
     }
 
+    /// Bytes of memory that can only be copied in the freeze: shared and huge pages.
+    #[must_use]
+    pub fn memory_in_freeze(&self) -> u64 {
+        self.moved().map(|(_, p)| p.memory.to_move() - p.memory.anonymous).sum()
+    }
+
     /// Threads to move.
     #[must_use]
     pub fn threads(&self) -> u64 {

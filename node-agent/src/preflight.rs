@@ -4,14 +4,14 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crds::process_migration::{Check, Connections, Verdict};
+use crds::process_migration::{Check, Connections, StrategyType, Verdict};
 use crds::{ProcessMigration, Reason};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
-use crate::decide::assignment::PreflightReport;
+use crate::decide::assignment::{self, PreflightReport};
 use crate::decide::preflight::{Question, Report, judge};
 use crate::metrics::Metrics;
 use crate::{inventory, pager, pod_on_node};
@@ -82,10 +82,16 @@ impl Preflights {
         let report = match self.look(migration).await {
             Ok(report) => {
                 self.count(&report, begun);
+                let predicted = match assignment::strategy(migration) {
+                    StrategyType::PreCopy => report.predicted_freeze_after_copy_milliseconds,
+                    StrategyType::Cold | StrategyType::StopAndCopy | StrategyType::PostCopy | StrategyType::Hybrid => {
+                        report.predicted_freeze_milliseconds
+                    }
+                };
                 PreflightReport {
                     checks: report.checks,
                     memory_bytes: Some(report.memory_bytes),
-                    predicted_freeze_milliseconds: Some(report.predicted_freeze_milliseconds),
+                    predicted_freeze_milliseconds: Some(predicted),
                 }
             }
             Err((reason, message)) => PreflightReport {

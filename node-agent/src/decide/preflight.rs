@@ -51,6 +51,8 @@ pub struct Report {
     pub memory_bytes: i64,
     /// Predicted freeze.
     pub predicted_freeze_milliseconds: u32,
+    /// The same for a pod whose memory is copied while it runs.
+    pub predicted_freeze_after_copy_milliseconds: u32,
 }
 
 impl Report {
@@ -117,14 +119,12 @@ pub fn judge(question: Question<'_>) -> Report {
         findings.refuse(Area::Inventory, None, Reason::Unknown, sentence.clone());
     }
     let memory = inventory.memory_bytes();
+    let predicted = |memory| predicted_milliseconds(memory, inventory.threads(), inventory.containers.len() as u64);
     Report {
         checks: checks(findings.0, question.node),
         memory_bytes: i64::try_from(memory).unwrap_or(i64::MAX),
-        predicted_freeze_milliseconds: predicted_milliseconds(
-            memory,
-            inventory.threads(),
-            inventory.containers.len() as u64,
-        ),
+        predicted_freeze_milliseconds: predicted(memory),
+        predicted_freeze_after_copy_milliseconds: predicted(inventory.memory_in_freeze()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Tables of what happens before a migration is admitted: refusals, candidates, limits.
 
 use crds::condition::{find, is_true};
-use crds::process_migration::{DecisionValue, Phase, cond};
+use crds::process_migration::{DecisionValue, Phase, StrategyType, cond};
 use serde_json::{Value, json};
 
 use super::Observed;
@@ -80,11 +80,6 @@ fn each_refusal_has_its_reason() {
             "container app",
         ),
         (with_pod(owner), "OwnerNotSupported", "ReplicaSet/rs"),
-        (
-            with_spec(json!({"strategy": {"type": "PreCopy"}})),
-            "StrategyNotAvailable",
-            "node a lacks userfaultfd-wp-async and pagemap-scan",
-        ),
         (
             with_spec(json!({"strategy": {"type": "PostCopy"}})),
             "StrategyNotAvailable",
@@ -287,6 +282,33 @@ fn a_refusal_names_all_reasons_at_once() {
     );
     // Nothing can be committed any more.
     assert_eq!(cluster.status().decision.unwrap().value, DecisionValue::Aborted);
+}
+
+#[test]
+fn where_writes_cannot_be_noted_the_memory_is_copied_in_the_freeze_and_the_report_says_why() {
+    let strategy_with = |features: &[&str], spec: Value| {
+        let mut cluster = Cluster::new(spec);
+        let features: Vec<String> = features.iter().map(|f| (*f).to_owned()).collect();
+        cluster.node("a", &|node: &mut super::NodeView| {
+            let status = node.migration_node.as_mut().map(|(_, status)| status);
+            status.unwrap().kernel.as_mut().unwrap().features.clone_from(&features);
+        });
+        cluster.until(Step::Admitted);
+        let status = cluster.status();
+        let checks = status.eligibility.unwrap().checks;
+        let said = checks
+            .into_iter()
+            .find(|c| c.name == "strategy")
+            .map(|c| c.message.unwrap());
+        (status.effective.unwrap().strategy, said)
+    };
+    let both = ["pagemap-scan", "userfaultfd-wp-async"];
+    assert_eq!(strategy_with(&both, json!({})), (StrategyType::PreCopy, None));
+    let (strategy, said) = strategy_with(&both[..1], json!({}));
+    assert_eq!(strategy, StrategyType::StopAndCopy);
+    assert!(said.is_some_and(|s| s.contains("node a lacks userfaultfd-wp-async")));
+    let asked = json!({"strategy": {"type": "StopAndCopy"}});
+    assert_eq!(strategy_with(&[], asked), (StrategyType::StopAndCopy, None));
 }
 
 #[test]

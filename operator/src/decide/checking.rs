@@ -71,7 +71,7 @@ pub fn accept(world: &World) -> Decision {
     draft.view.phase = Some(Phase::Pending);
     let probes = world.source_pod.present().and_then(eligibility::longest_freeze);
     draft.view.effective = Some(Effective {
-        strategy: world.migration.spec.strategy.type_,
+        strategy: world.strategy(),
         connections: world.migration.spec.connections,
         max_freeze_milliseconds: [world.migration.spec.max_freeze_milliseconds, probes]
             .into_iter()
@@ -193,6 +193,7 @@ fn verdict(world: &World, source: &Pod, limit: Option<u32>) -> (Eligibility, Opt
     } else {
         let mut checks = eligibility::merge(eligibility::of_spec(world, source), &half.checks);
         checks.extend(eligibility::freeze(limit, &half));
+        checks.extend(eligibility::tracking(world, source));
         checks
     };
     let found = candidates::find(world, source, half.memory_bytes);

@@ -63,7 +63,6 @@ pub fn at_once(world: &World) -> Vec<Check> {
     checks.extend(other_migrations(world, source));
     if !world.is_cold() {
         checks.extend(source_node(world, source));
-        checks.extend(tracking(world, source));
     }
     checks
 }
@@ -82,25 +81,43 @@ fn strategy(world: &World) -> Option<Check> {
 /// What the source's kernel must have for memory to be copied while the pod runs.
 const TRACKING: [&str; 2] = ["userfaultfd-wp-async", "pagemap-scan"];
 
-fn tracking(world: &World, source: &Pod) -> Option<Check> {
-    if world.migration.spec.strategy.type_ != StrategyType::PreCopy {
-        return None;
-    }
-    let name = pod::node(source)?;
-    let (_, status) = world.node(name)?.migration_node.as_ref()?;
+/// What the source's kernel lacks of it; nothing where that is not known.
+#[must_use]
+pub fn untracked(world: &World) -> Vec<&'static str> {
+    let node = world
+        .source_pod
+        .present()
+        .and_then(pod::node)
+        .and_then(|n| world.node(n));
+    let Some((_, status)) = node.and_then(|node| node.migration_node.as_ref()) else {
+        return Vec::new();
+    };
     let has = |feature: &str| {
         let kernel = status.kernel.as_ref();
         kernel.is_some_and(|kernel| kernel.features.iter().any(|f| f == feature))
     };
-    let missing: Vec<&str> = TRACKING.into_iter().filter(|feature| !has(feature)).collect();
-    (!missing.is_empty()).then(|| Check {
+    TRACKING.into_iter().filter(|feature| !has(feature)).collect()
+}
+
+/// Says so where another strategy takes the place of the one that was asked for.
+#[must_use]
+pub fn tracking(world: &World, source: &Pod) -> Option<Check> {
+    let asked = world.migration.spec.strategy.type_;
+    if world.strategy() == asked {
+        return None;
+    }
+    let name = pod::node(source)?;
+    Some(Check {
+        verdict: Verdict::Warning,
         node: Some(name.to_owned()),
         ..refused(
             "strategy",
             Reason::StrategyNotAvailable,
             format!(
-                "strategy PreCopy needs a kernel that notes which memory is written (Linux 6.7, on arm64 6.10): node {name} lacks {}",
-                missing.join(" and ")
+                "{} in place of {}, which needs Linux 6.7 (on arm64 6.10): node {name} lacks {}",
+                world.strategy().as_str(),
+                asked.as_str(),
+                untracked(world).join(" and ")
             ),
         )
     })

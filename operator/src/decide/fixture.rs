@@ -84,6 +84,10 @@ pub(crate) fn node(name: &str) -> NodeView {
             MigrationNodeStatus {
                 architecture: Some("x86_64".to_owned()),
                 cpu: Some(crds::migration_node::CpuStatus::default()),
+                kernel: Some(crds::migration_node::KernelStatus {
+                    features: vec!["pagemap-scan".to_owned(), "userfaultfd-wp-async".to_owned()],
+                    ..Default::default()
+                }),
                 protocol_versions: vec![1],
                 checkpoint_limit_bytes: Some(1_000_000_000),
                 conditions: vec![

@@ -182,6 +182,16 @@ impl World {
         self.migration.spec.strategy.type_ == StrategyType::Cold
     }
 
+    /// The strategy in force: where the source's kernel cannot note what is written while the pod runs, its memory is copied in
+    /// the freeze.
+    #[must_use]
+    pub fn strategy(&self) -> StrategyType {
+        match self.migration.spec.strategy.type_ {
+            StrategyType::PreCopy if !super::eligibility::untracked(self).is_empty() => StrategyType::StopAndCopy,
+            asked => asked,
+        }
+    }
+
     /// Whether someone deletes the migration.
     #[must_use]
     pub fn is_deleting(&self) -> bool {

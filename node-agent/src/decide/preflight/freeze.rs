@@ -1,4 +1,4 @@
-//! How long a stop-and-copy freeze will be: a line through measurements, meant to be right within a factor of two.
+//! How long a freeze will be that copies so much memory: a line through measurements, meant to be right within a factor of two.
 //!
 //! Measured with CRIU 4.2 and runc 1.3 on a machine of two cores (`docs/measurements.md` repeats it): dump, copy and restore
 //! each pass all memory once, one thread; runc's and CRIU's start, the mounts and the write of the decision are fixed.
