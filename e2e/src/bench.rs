@@ -6,11 +6,12 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result, ensure};
 use clap::Args;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::cluster::{Cluster, Options};
 use crate::images;
 use crate::progress;
-use crate::scenario::moves::move_to;
+use crate::scenario::moves::move_with;
 use crate::scenario::stage::Stage;
 use crate::scenario::subject::{Plan, Subject};
 use crate::scenario::{install, sweep};
@@ -124,12 +125,14 @@ pub fn run(settings: &Settings) -> Result<ExitCode> {
         for (name, values) in &samples {
             figures.push(Figure::of(name, "ms", values)?);
         }
-        if let (Some(ours), Some(theirs)) = (
-            samples.get(&format!("freeze_{}_stop_and_copy", kind.name)),
-            samples.get(&format!("stock_{}", kind.name)),
-        ) {
-            let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
-            figures.push(Figure::of(&format!("ratio_{}", kind.name), "ratio", &ratios)?);
+        for (strategy, ratio) in [("stop_and_copy", ""), ("precopy", "_precopy")] {
+            if let (Some(ours), Some(theirs)) = (
+                samples.get(&format!("freeze_{}_{strategy}", kind.name)),
+                samples.get(&format!("stock_{}", kind.name)),
+            ) {
+                let ratios: Vec<f64> = ours.iter().zip(theirs).map(|(ours, theirs)| ours / theirs).collect();
+                figures.push(Figure::of(&format!("ratio_{}{ratio}", kind.name), "ratio", &ratios)?);
+            }
         }
     }
     figures.extend(memory(&stage)?);
@@ -166,9 +169,16 @@ fn measure(stage: &Stage, kind: &Kind, runs: u32) -> Result<Samples> {
             ..Plan::small(&name)
         },
     )?;
-    for _ in 0..runs {
+    // By turns, so that what the machine does meanwhile touches both alike.
+    for run in 0..2 * runs {
+        let (strategy, suffix) = if run.is_multiple_of(2) {
+            ("StopAndCopy", "stop_and_copy")
+        } else {
+            ("PreCopy", "precopy")
+        };
         let target = if subject.node(stage)? == *a { b } else { a };
-        let migration = move_to(stage, &mut subject, Some(target))?;
+        let spec = json!({"strategy": {"type": strategy}});
+        let migration = move_with(stage, &mut subject, Some(target), &spec)?;
         let result = migration
             .status
             .and_then(|status| status.result)
@@ -186,7 +196,7 @@ fn measure(stage: &Stage, kind: &Kind, runs: u32) -> Result<Samples> {
         ];
         for (part, value) in parts {
             if let Some(value) = value {
-                add(format!("{part}_{}_stop_and_copy", kind.name), value.into());
+                add(format!("{part}_{}_{suffix}", kind.name), value.into());
             }
         }
     }
@@ -242,7 +252,7 @@ fn page(figures: &[Figure]) -> String {
          the copy between two nodes runs at memory speed here.\n\n\
          `freeze` is the time in which no instruction of the pod ran; `dump`, `transfer`, `restore`, `commit` are its parts. `total` is from the creation\n\
          of the ProcessMigration until it was settled. `stock` is `runc checkpoint`, a copy through a pipe and `runc restore` of the same program with the\n\
-         same memory, in the same run. `ratio` is our freeze divided by stock's. Of three containers, each has a third of the memory that `1gib` says;\n\
+         same memory, in the same run. `ratio` is our freeze (of StopAndCopy, and of PreCopy) divided by stock's. Of three containers, each has a third of the memory that `1gib` says;\n\
          stock runc takes them one after the other.\n\n",
     );
     let model = std::fs::read_to_string("/proc/cpuinfo").ok().and_then(|text| {

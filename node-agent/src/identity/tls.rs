@@ -148,6 +148,68 @@ mod tests {
         );
     }
 
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn pages_travel_on_a_connection_of_their_own() {
+        use memory::{copier::Sink as _, store::Store, wire};
+        use protocol::migrate::message::{Offer, PROTOCOL, Stream};
+
+        use crate::{page_link, peer};
+
+        let ca = ca();
+        let (here, there) = (tls(&ca, "a"), tls(&ca, "b"));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = listener.local_addr().unwrap().to_string();
+        let offer = Offer {
+            protocol: PROTOCOL.into(),
+            versions: protocol::version::VERSIONS.to_vec(),
+            stream: Stream::Pages { index: 1, count: 2 },
+            namespace: "n".into(),
+            name: "m".into(),
+            uid: "u".into(),
+            attempt: 1,
+            source_pod_uid: "s".into(),
+            target_pod_uid: "t".into(),
+        };
+        let expected = offer.clone();
+        let space = protocol::pages::Space {
+            space: 3,
+            vpid: 9,
+            areas: std::iter::once(0x1000..0x9000).collect(),
+            ..protocol::pages::Space::default()
+        };
+        let said = space.clone();
+        let source = tokio::task::spawn_blocking(move || {
+            let refused = page_link::dial(&there, &endpoint, "a", offer.clone());
+            assert!(matches!(refused, Err(page_link::Error::Refused(why)) if why == "not now"));
+            let (link, _) = page_link::dial(&there, &endpoint, "a", offer).unwrap();
+            let mut sender = wire::Sender::new(link, None);
+            // Longer than any buffer on the way.
+            let all: Vec<_> = (0..200_000u64).map(|i| i * 8192..i * 8192 + 4096).collect();
+            sender.holes(3, &all).unwrap();
+            sender.finish(&[said]).unwrap();
+        });
+        let accept = || async {
+            let (tcp, from) = listener.accept().await.unwrap();
+            match peer::accept(&here, tcp, from).await.unwrap() {
+                peer::Accepted::Pages(incoming) => incoming,
+                peer::Accepted::Session(..) => panic!("a session"),
+            }
+        };
+        let incoming = accept().await;
+        assert_eq!(*incoming.offer(), expected);
+        assert_eq!(incoming.names(), [crds::names::agent_dns_name("b")]);
+        incoming.refuse("not now").await;
+        let (mut stream, _) = accept().await.accept(1).await.unwrap();
+        let folder = std::env::temp_dir().join(format!("peregrine-pages-{}", std::process::id()));
+        let store = Store::receive(&folder).unwrap();
+        let received = tokio::task::spawn_blocking(move || wire::receive(&mut stream, &store))
+            .await
+            .unwrap();
+        assert_eq!(received.unwrap(), [space]);
+        source.await.unwrap();
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
     #[test]
     fn a_certificate_that_peers_would_refuse_is_not_taken() {
         let (ours, theirs) = (ca(), ca());
