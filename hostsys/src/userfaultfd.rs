@@ -409,12 +409,9 @@ mod tests {
         {
             assert!(started.elapsed() < Duration::from_secs(5));
         }
-        let mut count = 0;
+        let mut count = 0u32;
         while started.elapsed() < Duration::from_millis(300) {
-            if in_process(pid).is_none() {
-                return;
-            }
-            count += 1;
+            count += u32::from(in_process(pid).is_some());
         }
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");

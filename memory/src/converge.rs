@@ -246,7 +246,8 @@ mod tests {
 
     #[test]
     fn workloads_that_converge_are_frozen_in_time_and_others_are_not() {
-        let table: &[(&str, f64, f64, f64, f64, u64, Next, u32)] = &[
+        type Row = (&'static str, f64, f64, f64, f64, u64, Next, u32);
+        let table: &[Row] = &[
             // name, held, set, rate, link (MiB, MiB/s), longest freeze, what is decided, at most so many rounds
             ("idle", 1024.0, 0.0, 0.0, 1500.0, 150, Next::Freeze, 3),
             ("5 MiB/s", 1024.0, 1024.0, 5.0, 1500.0, 150, Next::Freeze, 4),

@@ -17,6 +17,11 @@
 //! is *dirty* when it is held and was written since it was last protected. What the target's store has of a process is, in
 //! the end, exactly what is held in its tracked areas and is not zero.
 
+#![cfg_attr(
+    test,
+    expect(clippy::single_range_in_vec_init, reason = "a set of addresses is a list of ranges")
+)]
+
 pub mod areas;
 pub mod converge;
 pub mod copier;

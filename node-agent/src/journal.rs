@@ -176,6 +176,7 @@ impl Record {
                 | Step::TargetDestroy
                 | Step::TargetCleanUp => true,
                 Step::SourceConnect
+                | Step::SourceCopy
                 | Step::SourceFreeze
                 | Step::SourceHoldPackets
                 | Step::SourceDump

@@ -405,6 +405,7 @@ pub fn read(kind: Kind, content: &[u8], page: u64) -> Result<Content<'_>, Error>
 }
 
 #[cfg(test)]
+#[expect(clippy::single_range_in_vec_init, reason = "a set of addresses is a list of ranges")]
 mod tests {
     use super::*;
 

@@ -94,7 +94,7 @@ fn a_b_c_a(stage: &Stage, case: &str) -> Result<()> {
 
 fn copied_while_it_runs(stage: &Stage, case: &str) -> Result<()> {
     let plan = plan(stage, "precopy", case)?;
-    let memory = i64::from(plan.mib) * i64::from(plan.containers) << 20;
+    let memory = (i64::from(plan.mib) * i64::from(plan.containers)) << 20;
     around(stage, plan, &json!({"strategy": {"type": "PreCopy"}}), |migration| {
         let status = migration.status.as_ref();
         let filling = status.and_then(|status| status.target.as_ref()?.filling.clone());

@@ -147,6 +147,7 @@ pub(crate) fn is_repeatable(step: Step) -> bool {
         | Step::TargetReserve
         | Step::TargetReceive => false,
         Step::SourceReserve
+        | Step::SourceCopy
         | Step::SourceFreeze
         | Step::SourceHoldPackets
         | Step::SourceMoveAway

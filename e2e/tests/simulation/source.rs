@@ -323,6 +323,11 @@ impl Attempt<'_> {
         let link = Rc::new(link);
         self.link = Some(link.clone());
         follow_target(task, &link, &self.heard, ledger);
+        let copy = async || {
+            task.c.clock.sleep(task.c.clock.below(200)).await;
+            Ok(())
+        };
+        ledger.forward(Step::SourceCopy, copy).await?;
         self.freeze_and_send(ledger, &link).await
     }
 

@@ -25,47 +25,22 @@ use protocol::store_index::{StoreIndex, index_file, pages_file};
 
 use crate::workload::{Folder, Workload, no_wp_async};
 
-/// What may explain a page that differs.
-fn differs(pid: i32, at: u64, ours: &[u8], theirs: &[u8], stored: bool) -> String {
+/// What may explain a page that differs: how much of it, and what the kernel says of its mapping.
+fn differs(pid: i32, at: u64, ours: &[u8], theirs: &[u8]) -> String {
     let bytes = ours.iter().zip(theirs).filter(|(a, b)| a != b).count();
-    let zeros = |page: &[u8]| page.iter().all(|b| *b == 0);
     let maps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap();
-    let mut mapping = String::new();
-    let mut inside = false;
-    for line in maps.lines() {
-        if let Some((start, end)) = line.split_whitespace().next().and_then(|r| r.split_once('-')) {
-            if let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16)) {
-                inside = (start..end).contains(&at);
-            }
-        }
-        if inside && (line.contains('-') || line.starts_with("LazyFree") || line.starts_with("VmFlags")) {
-            mapping.push_str(line);
-            mapping.push_str("; ");
-        }
-    }
-    let first = ours.iter().zip(theirs).position(|(a, b)| a != b).unwrap_or(0);
-    let last = ours.iter().zip(theirs).rposition(|(a, b)| a != b).unwrap_or(0);
-    let mut map = Pagemap::of(pid).unwrap();
-    let mut found = Vec::new();
-    map.held(at, at + page_size(), &mut found).unwrap();
-    std::thread::sleep(Duration::from_millis(50));
-    let mut again = vec![0; ours.len()];
-    File::open(format!("/proc/{pid}/mem"))
-        .unwrap()
-        .read_exact_at(&mut again, at)
-        .unwrap();
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    mapping.push_str(&format!(
-        "{first}..={last} store {:x?} process {:x?} flags {found:x?} same again {} {stat}",
-        ours.get(first.saturating_sub(2)..first + 3),
-        theirs.get(first.saturating_sub(2)..first + 3),
-        again == theirs
-    ));
-    format!(
-        "differs in {bytes} bytes (stored: {stored}, zeros: {} in the store, {} in the process); {mapping}",
-        zeros(ours),
-        zeros(theirs)
-    )
+    let of = |line: &str| {
+        let (start, end) = line.split_once(' ')?.0.split_once('-')?;
+        Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+    };
+    let here = maps
+        .lines()
+        .skip_while(|l| !of(l).is_some_and(|range| range.contains(&at)));
+    let mapping: Vec<&str> = here
+        .take_while(|l| !l.starts_with("VmFlags"))
+        .filter(|l| of(l).is_some() || l.starts_with("LazyFree"))
+        .collect();
+    format!("page {at:#x} of process {pid} differs in {bytes} bytes: {mapping:?}")
 }
 
 /// Compares the store of a process with its memory; gives the bytes that were equal.
@@ -113,11 +88,7 @@ fn compare(store: &Path, pid: i32) -> u64 {
                 // The last pages of the file may be a hole behind its end: none of the store's runs are.
                 pages.read_exact_at(&mut ours, at).unwrap();
             }
-            assert!(
-                ours == theirs,
-                "page {at:#x} of process {pid} {}",
-                differs(pid, at, &ours, &theirs, !here.is_empty())
-            );
+            assert!(ours == theirs, "{}", differs(pid, at, &ours, &theirs));
             equal += page_size();
         }
     }

@@ -99,6 +99,7 @@ mod tests {
     const FORWARD_SOURCE: &[Step] = &[
         Step::SourceReserve,
         Step::SourceConnect,
+        Step::SourceCopy,
         Step::SourceFreeze,
         Step::SourceHoldPackets,
         Step::SourceDump,

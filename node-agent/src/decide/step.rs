@@ -63,6 +63,8 @@ steps! {
     SourceReserve "source.reserve" Source 10,
     /// Dials the target's agent; offer and manifest are accepted.
     SourceConnect "source.connect" Source 20,
+    /// Copies memory in rounds while the pod runs, where the strategy says so.
+    SourceCopy "source.copy" Source 86_400,
     /// Freezes all containers.
     SourceFreeze "source.freeze" Source 10,
     /// Drops every packet of the pod.
@@ -123,6 +125,7 @@ impl Step {
             Self::TargetHandOff | Self::TargetPrepareNetwork | Self::TargetRestore => Some(Self::TargetDestroy),
             Self::TargetReserve | Self::TargetReceive => Some(Self::TargetCleanUp),
             Self::SourceConnect
+            | Self::SourceCopy
             | Self::SourceCure
             | Self::SourceComplete
             | Self::SourceMoveAway

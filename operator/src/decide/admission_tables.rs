@@ -289,7 +289,7 @@ fn where_writes_cannot_be_noted_the_memory_is_copied_in_the_freeze_and_the_repor
     let strategy_with = |features: &[&str], spec: Value| {
         let mut cluster = Cluster::new(spec);
         let features: Vec<String> = features.iter().map(|f| (*f).to_owned()).collect();
-        cluster.node("a", &|node: &mut super::NodeView| {
+        cluster.node("a", |node: &mut super::NodeView| {
             let status = node.migration_node.as_mut().map(|(_, status)| status);
             status.unwrap().kernel.as_mut().unwrap().features.clone_from(&features);
         });

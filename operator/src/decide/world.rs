@@ -186,9 +186,11 @@ impl World {
     /// the freeze.
     #[must_use]
     pub fn strategy(&self) -> StrategyType {
-        match self.migration.spec.strategy.type_ {
-            StrategyType::PreCopy if !super::eligibility::untracked(self).is_empty() => StrategyType::StopAndCopy,
-            asked => asked,
+        let asked = self.migration.spec.strategy.type_;
+        if asked == StrategyType::PreCopy && !super::eligibility::untracked(self).is_empty() {
+            StrategyType::StopAndCopy
+        } else {
+            asked
         }
     }
 

@@ -34,6 +34,10 @@ const FILL_ANYWAY: u64 = 1_000_000;
 /// CRIU sends a descriptor right behind the pid.
 const CRIU: Duration = Duration::from_secs(5);
 
+/// Of a space that the pager before this one knew: its descriptor and store, what is missing, what of that comes first, and the
+/// size of a page.
+type Remembered = (Entry, Arc<Store>, Pending, VecDeque<Range<u64>>, u64);
+
 /// What a readable descriptor is. In the low half of an event's data is its number.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Source {
@@ -159,7 +163,7 @@ impl Pager {
     fn remember(&mut self) -> Result<(), Error> {
         let board = &self.shared.stage.board;
         let records: Vec<Record> = board.records().collect();
-        let mut all: Vec<(Entry, Arc<Store>, Pending, VecDeque<Range<u64>>, u64)> = Vec::new();
+        let mut all: Vec<Remembered> = Vec::new();
         for record in records {
             let at = |space: u32| usize::try_from(space).unwrap_or(usize::MAX);
             match record {

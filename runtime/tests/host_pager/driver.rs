@@ -92,7 +92,7 @@ impl Ground {
         let end = (BASE + pages * PAGE) as u64;
         let index = StoreIndex {
             page_size: 4096,
-            areas: vec![BASE as u64..end],
+            areas: std::iter::once(BASE as u64..end).collect(),
             runs,
             hot,
         };

@@ -19,7 +19,7 @@ pub(crate) const HOLE_EACH: usize = 13;
 
 /// What the store has at an address.
 pub(crate) fn stored(page: usize, word: usize) -> u64 {
-    if page % HOLE_EACH == 0 {
+    if page.is_multiple_of(HOLE_EACH) {
         return 0;
     }
     ((BASE + page * PAGE) as u64 ^ 0x5eed_0000_0000_0000).wrapping_add(word as u64)
@@ -160,19 +160,19 @@ fn op(regions: &mut Vec<Region>, random: &mut Random, spare: &mut usize, depth: 
             *spare += regions[last].pages.len() * PAGE;
             regions[last].memory.remap(to).map_err(fail)?;
         }
+        // Nothing to unmap.
+        86..89 if count <= 64 => {}
         86..89 => {
             // Unmaps a tail; later something new is mapped there.
-            if count > 64 {
-                let gone = regions[index].memory.split_off(count - 8);
-                let at = gone.address();
-                drop(gone);
-                regions[index].pages.truncate(count - 8);
-                let mut memory = Memory::map(at, 8).map_err(fail)?;
-                memory.write(0, 5, 77);
-                let mut pages = vec![Page::Zero; 8];
-                pages[0] = Page::Written(77, Was::Zero);
-                regions.push(Region { memory, pages });
-            }
+            let gone = regions[index].memory.split_off(count - 8);
+            let at = gone.address();
+            drop(gone);
+            regions[index].pages.truncate(count - 8);
+            let mut memory = Memory::map(at, 8).map_err(fail)?;
+            memory.write(0, 5, 77);
+            let mut pages = vec![Page::Zero; 8];
+            pages[0] = Page::Written(77, Was::Zero);
+            regions.push(Region { memory, pages });
         }
         89..92 => {
             let region = &mut regions[index];

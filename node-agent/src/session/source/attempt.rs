@@ -25,7 +25,7 @@ use protocol::migrate::{
 use super::super::{
     Task,
     hand_over::{Decided, Decisions, decided_in},
-    ledger::{Failed, Ledger, blocking, millis},
+    ledger::{Failed, Ledger, Stop, blocking, millis},
     warm::warm,
     write_marker,
 };
@@ -115,7 +115,13 @@ impl Attempt {
         let lost = follow_target(&mut link, ledger);
         self.link = Some(link);
         if let Some(freeze) = self.brief.precopy {
-            let copied = self.copy_while_it_runs(task, ledger, &pod, freeze).await;
+            say_step(task, Step::SourceCopy);
+            let copied = ledger
+                .forward(
+                    Step::SourceCopy,
+                    self.copy_while_it_runs(task, &ledger.stop, &pod, freeze),
+                )
+                .await;
             if let Err(why) = copied {
                 lost.abort();
                 return Err(why);
@@ -143,15 +149,14 @@ impl Attempt {
         }
     }
 
-    /// The rounds of a running pod. Nothing of it outlives this process, so nothing is journaled.
+    /// The rounds of a running pod. Nothing of it outlives this process.
     async fn copy_while_it_runs(
         &mut self,
         task: &Task,
-        ledger: &Ledger,
+        stop: &Stop,
         pod: &Arc<PodOnNode>,
         freeze: Duration,
     ) -> Result<(), Failed> {
-        task.publish(|half| half.source.step = Some("copying memory while the pod runs".into()));
         let node = &self.brief.target_node;
         let precopy = PreCopy::connect(task, pod.clone(), node, &self.offer(), PAGE_STREAMS, None).await?;
         let goal = Goal {
@@ -159,7 +164,7 @@ impl Attempt {
             fixed: FIXED_FREEZE,
             may_slow: false,
         };
-        let (precopy, progress) = precopy.run(task, &ledger.stop, goal).await?;
+        let (precopy, progress) = precopy.run(task, stop, goal).await?;
         tracing::info!(?progress, "the memory is copied: freezing");
         self.precopy = Some(precopy);
         Ok(())

@@ -164,7 +164,7 @@ impl Attempt {
             end: link.end.clone(),
         };
         self.link = Some(link);
-        let receive = self.receive(ledger, incoming, &room, &place, &order, memory, task.at_freeze());
+        let receive = Self::receive(ledger, incoming, &room, &place, &order, memory, task.at_freeze());
         let receive = async {
             let received = receive.await?;
             if let Some(pages) = pages {
@@ -359,7 +359,6 @@ impl Attempt {
 
     /// Receives everything. The connection is given back when everything has arrived.
     pub(super) async fn receive(
-        &mut self,
         ledger: &Ledger,
         incoming: Incoming,
         room: &Room,

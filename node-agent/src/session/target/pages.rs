@@ -48,10 +48,13 @@ impl Expected {
     }
 }
 
+/// A thread for each connection: what it was told of the address spaces in the end.
+type Threads = Arc<Mutex<JoinSet<Result<Vec<Space>, wire::Error>>>>;
+
 /// Takes connections for pages for as long as the session receives.
 #[derive(Debug)]
 pub(super) struct Pages {
-    threads: Arc<Mutex<JoinSet<Result<Vec<Space>, wire::Error>>>>,
+    threads: Threads,
     breakers: Arc<Mutex<Vec<Breaker>>>,
     store: Store,
     room: Room,
@@ -67,7 +70,7 @@ impl Pages {
         stop: Stop,
     ) -> Result<Self, Failed> {
         let store = Store::receive(&room.pages()).map_err(|e| Failed::because(Reason::StepFailed, &e))?;
-        let threads: Arc<Mutex<JoinSet<_>>> = Arc::default();
+        let threads = Threads::default();
         let breakers: Arc<Mutex<Vec<Breaker>>> = Arc::default();
         let (set, list, to) = (threads.clone(), breakers.clone(), store.clone());
         let taking = tokio::spawn(async move {
