@@ -7,6 +7,7 @@ pub mod subject;
 
 mod cancel;
 mod crashes;
+mod filling;
 mod hostile;
 mod lifecycle;
 mod plain_moves;
@@ -95,6 +96,7 @@ pub fn all() -> Vec<Scenario> {
         refusals::scenarios(),
         policies::scenarios(),
         cancel::scenarios(),
+        filling::scenarios(),
         crashes::scenarios(),
         steps::scenarios(),
         hostile::scenarios(),
