@@ -352,18 +352,31 @@ pub fn replace_by(program: &Path, arguments: &[OsString], environment: &[(OsStri
     }
 }
 
-/// Starts a program that outlives the caller: leader of a session of its own, in a cgroup of its own, with the caller's
-/// three standard streams and no other descriptor. It is not awaited here.
+/// Starts a program that outlives the caller: leader of a session of its own, in a cgroup of its own, with what it says in
+/// `log`, or else the caller's three standard streams, and no other descriptor. A container runtime does not notice the end of a
+/// container while somebody has its standard streams: it would not start a killed caller again. It is not awaited here.
 ///
 /// # Errors
 /// It could not be started.
-pub fn start_detached(program: &Path, name: &OsStr, arguments: &[OsString], cgroup: &Path) -> Result<Child, Error> {
+pub fn start_detached(
+    program: &Path,
+    name: &OsStr,
+    arguments: &[OsString],
+    cgroup: &Path,
+    log: Option<&File>,
+) -> Result<Child, Error> {
     let error = |source| Error::Start {
         program: program.display().to_string(),
         source,
     };
     let mut command = Command::new(program);
     command.arg0(name).args(arguments).current_dir("/");
+    if let Some(log) = log {
+        command
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().map_err(error)?)
+            .stderr(log.try_clone().map_err(error)?);
+    }
     join_cgroup(&mut command, cgroup).map_err(error)?;
     // SAFETY: between fork and exec only setsid(2) and close_range(2) are called, which are async-signal-safe. The range is
     // marked, not closed: the standard library reports a failed exec through a descriptor of its own.

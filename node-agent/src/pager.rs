@@ -24,6 +24,8 @@ use protocol::{
 
 /// Its name is how the wrapper knows what to be.
 const NAME: &str = "pager";
+/// What it says, in its folder.
+const LOG: &str = "log";
 /// Folder of cgroups in which dumps and pagers run.
 const GROUPS: &str = "peregrine";
 /// A started program listens within milliseconds.
@@ -143,8 +145,10 @@ impl Pager {
         let cgroup = self.cgroup()?;
         cgroup.create().map_err(Error::Cgroup)?;
         let arguments = [self.folder.clone().into_os_string()];
-        let mut child =
-            program::start_detached(wrapper, NAME.as_ref(), &arguments, cgroup.path()).map_err(Error::Start)?;
+        let path = self.folder.join(LOG);
+        let log = fs::File::create(&path).map_err(file("create", &path))?;
+        let mut child = program::start_detached(wrapper, NAME.as_ref(), &arguments, cgroup.path(), Some(&log))
+            .map_err(Error::Start)?;
         let deadline = Instant::now() + START;
         let socket = self.folder.join(CONTROL_SOCKET);
         while !socket.exists() {
@@ -308,6 +312,8 @@ pub fn fills(cgroups: &[PathBuf]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -347,5 +353,31 @@ mod tests {
         }
         assert!(pager.start(Path::new("/bin/false"), Vec::new()).is_err());
         assert!(!pager.exists() && !pager.cgroup().unwrap().exists());
+    }
+
+    /// The agent's container would count as running for as long as a pager has its streams, and not be started again.
+    #[test]
+    fn host_a_pager_has_none_of_the_agents_streams() {
+        let pager = Pager::of(&format!("test-streams-{}", std::process::id()));
+        if !nix::unistd::geteuid().is_root() || pager.cgroup().is_err() {
+            eprintln!("skipped: needs root and a cgroup v2 mount");
+            return;
+        }
+        let seen = std::env::temp_dir().join(format!("peregrine-streams-{}", std::process::id()));
+        let script = seen.with_extension("sh");
+        let text = format!(
+            "#!/bin/sh\nreadlink /proc/self/fd/0 /proc/$$/fd/1 /proc/$$/fd/2 > {0}.new\nmv {0}.new {0}\n",
+            seen.display()
+        );
+        fs::write(&script, text).unwrap();
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o700)).unwrap();
+        // It ends without a socket: that it did not come up is what it should say.
+        assert!(pager.start(&script, Vec::new()).is_err());
+        let links = fs::read_to_string(&seen).unwrap();
+        fs::remove_file(&script).unwrap();
+        fs::remove_file(&seen).unwrap();
+        let log = pager.folder.join(LOG);
+        let links: Vec<&str> = links.lines().map(|l| l.trim_end_matches(" (deleted)")).collect();
+        assert_eq!(links, ["/dev/null", log.to_str().unwrap(), log.to_str().unwrap()]);
     }
 }

@@ -135,7 +135,7 @@ fn start_shepherd(folder: &Folder, start: &Start) -> Result<i32, Error> {
     let cgroup = Cgroup::at(start.shepherd_cgroup());
     cgroup.create()?;
     let arguments = [folder.path().as_os_str().to_owned()];
-    let mut shepherd = program::start_detached(&own, OsStr::new(SHEPHERD), &arguments, cgroup.path())?;
+    let mut shepherd = program::start_detached(&own, OsStr::new(SHEPHERD), &arguments, cgroup.path(), None)?;
     let end = Instant::now() + READY;
     while !folder.report().exists() {
         if !matches!(shepherd.try_wait(), Ok(None)) {

@@ -112,7 +112,7 @@ impl Ground {
         fs::write(self.folder.join(PLAN_FILE), plan.seal().unwrap()).unwrap();
         let program = Path::new(env!("CARGO_BIN_EXE_peregrine-runc"));
         let arguments = [self.folder.clone().into_os_string()];
-        let child = start_detached(program, "pager".as_ref(), &arguments, self.own.path()).unwrap();
+        let child = start_detached(program, "pager".as_ref(), &arguments, self.own.path(), None).unwrap();
         self.guardian = Some(child);
         until("the control socket", || self.folder.join(CONTROL_SOCKET).exists());
     }

@@ -45,7 +45,7 @@ impl Pager {
         };
         fs::write(folder.join(PLAN_FILE), plan.seal().unwrap()).unwrap();
         let arguments = [folder.clone().into_os_string()];
-        let guardian = start_detached(Path::new(WRAPPER), "pager".as_ref(), &arguments, cgroup.path()).unwrap();
+        let guardian = start_detached(Path::new(WRAPPER), "pager".as_ref(), &arguments, cgroup.path(), None).unwrap();
         eventually("the pager listens", || folder.join(CONTROL_SOCKET).exists());
         Self {
             folder,
