@@ -366,7 +366,7 @@ mod tests {
         let seen = std::env::temp_dir().join(format!("peregrine-streams-{}", std::process::id()));
         let script = seen.with_extension("sh");
         let text = format!(
-            "#!/bin/sh\nreadlink /proc/self/fd/0 /proc/$$/fd/1 /proc/$$/fd/2 > {0}.new\nmv {0}.new {0}\n",
+            "#!/bin/sh\nlinks=$(readlink /proc/$$/fd/0 /proc/$$/fd/1 /proc/$$/fd/2)\necho \"$links\" > {0}\n",
             seen.display()
         );
         fs::write(&script, text).unwrap();
