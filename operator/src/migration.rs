@@ -24,6 +24,9 @@ use crate::error::{Error, chain};
 const ROUNDS: usize = 16;
 /// Longest pass. A request to a server that went away without a word would hold it for minutes.
 const LONGEST: Duration = Duration::from_secs(30);
+/// Between two looks whether the first lists of nodes are here. A leader that does not wait for them sees none, and would give up
+/// every migration because its nodes were removed.
+const FIRST_LISTS: Duration = Duration::from_millis(200);
 /// An object of which the watch has told nothing for this long is read past it: its connection may be dead.
 const UNCONFIRMED: SignedDuration = SignedDuration::from_secs(15);
 /// Before the next pass where this one lost a race over and over.
@@ -38,6 +41,9 @@ pub async fn reconcile(watched: Arc<ProcessMigration>, ctx: Arc<Context>) -> Res
                 migration: name(&watched),
             }),
         };
+    }
+    if !ctx.is_synced() {
+        return Ok(Action::requeue(FIRST_LISTS));
     }
     let begun = std::time::Instant::now();
     let result = match tokio::time::timeout(LONGEST, pass(watched.clone(), &ctx)).await {

@@ -42,6 +42,8 @@ pub struct Nodes {
     leases_listed: AtomicBool,
     nodes_listed: AtomicBool,
     migration_nodes_listed: AtomicBool,
+    /// The first lists are in the view.
+    viewed: AtomicBool,
 }
 
 impl std::fmt::Debug for Nodes {
@@ -76,6 +78,7 @@ impl Nodes {
             leases_listed: AtomicBool::new(false),
             nodes_listed: AtomicBool::new(false),
             migration_nodes_listed: AtomicBool::new(false),
+            viewed: AtomicBool::new(false),
         });
         let watched = watcher(Api::<Node>::all(client.clone()), watcher::Config::default())
             .modify(|node| {
@@ -119,9 +122,22 @@ impl Nodes {
         self.view.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Whether the first lists are here.
+    /// Whether the first lists are in the view. Until then every node looks as if it had been removed.
     #[must_use]
     pub fn is_synced(&self) -> bool {
+        self.viewed.load(Ordering::Acquire)
+    }
+
+    /// Takes into the view what the watches know, once all have listed. True: something has changed.
+    fn look(&self) -> bool {
+        if !self.are_listed() {
+            return false;
+        }
+        let changed = self.refresh();
+        !self.viewed.swap(true, Ordering::AcqRel) || changed
+    }
+
+    fn are_listed(&self) -> bool {
         [&self.leases_listed, &self.nodes_listed, &self.migration_nodes_listed]
             .iter()
             .all(|flag| flag.load(Ordering::Acquire))
@@ -218,7 +234,7 @@ impl Nodes {
         let mut leading = ctx.leading.clone();
         loop {
             self.ask_about_the_silent().await;
-            if self.is_synced() && self.refresh() {
+            if self.look() {
                 ctx.kick.notify_one();
             }
             let all_labelled = if ctx.leads() && self.is_synced() {
@@ -388,6 +404,7 @@ mod tests {
             leases_listed: AtomicBool::new(false),
             nodes_listed: AtomicBool::new(false),
             migration_nodes_listed: AtomicBool::new(false),
+            viewed: AtomicBool::new(false),
         }
     }
 
@@ -401,6 +418,18 @@ mod tests {
     fn beat(nodes: &Nodes, name: &str) -> Heartbeat {
         nodes.refresh();
         nodes.view().iter().find(|n| n.name == name).unwrap().heartbeat
+    }
+
+    #[test]
+    fn nodes_are_known_when_the_last_list_is_in_the_view() {
+        let nodes = nodes();
+        for listed in [&nodes.nodes_listed, &nodes.migration_nodes_listed, &nodes.leases_listed] {
+            assert!(!nodes.look() && !nodes.is_synced());
+            listed.store(true, Ordering::Release);
+        }
+        assert!(!nodes.is_synced() && nodes.view().is_empty());
+        assert!(nodes.look() && nodes.is_synced() && nodes.view().len() == 2);
+        assert!(!nodes.look());
     }
 
     #[test]
