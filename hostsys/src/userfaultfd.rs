@@ -282,13 +282,16 @@ mod tests {
 
     impl Shell {
         fn start() -> Self {
-            Self(
+            let mut shell = Self(
                 Command::new("/bin/sh")
                     .stdin(Stdio::piped())
                     .stdout(Stdio::piped())
                     .spawn()
                     .unwrap(),
-            )
+            );
+            // The parent of a process that executes a program goes on before that has all of its mappings.
+            assert_eq!(shell.say("echo up"), "up");
+            shell
         }
 
         fn pid(&self) -> i32 {
