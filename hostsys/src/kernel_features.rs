@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
-use crate::sock_diag;
+use crate::{pagemap::Pagemap, sock_diag, userfaultfd};
 
 /// One feature: the name under which it is published, and whether it worked.
 pub type Found = (&'static str, bool);
@@ -26,18 +26,6 @@ pub fn probe() -> Vec<Found> {
     ]
 }
 
-#[repr(C)]
-struct UffdioApi {
-    api: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-const UFFD_API: u64 = 0xAA;
-const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
-const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
-
 fn userfaultfd_wp_async() -> bool {
     // SAFETY: no pointers are passed; the returned descriptor is owned below.
     let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK) };
@@ -47,55 +35,16 @@ fn userfaultfd_wp_async() -> bool {
     }
     // SAFETY: the kernel has just given us this descriptor; nobody else has it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    let mut api = UffdioApi {
-        api: UFFD_API,
-        features: UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED,
-        ioctls: 0,
-    };
-    // SAFETY: `api` has the layout of `struct uffdio_api` and outlives the call.
-    unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as _, &raw mut api) == 0 }
+    userfaultfd::agree(&fd).is_ok()
 }
-
-#[repr(C)]
-#[derive(Default)]
-struct PmScanArg {
-    size: u64,
-    flags: u64,
-    start: u64,
-    end: u64,
-    walk_end: u64,
-    vec: u64,
-    vec_len: u64,
-    max_pages: u64,
-    category_inverted: u64,
-    category_mask: u64,
-    category_anyof_mask: u64,
-    return_mask: u64,
-}
-
-const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
-const PAGE_IS_PRESENT: u64 = 1 << 3;
 
 fn pagemap_scan() -> bool {
     let Some(page) = Page::new() else { return false };
     page.write();
-    let Ok(pagemap) = File::open("/proc/self/pagemap") else {
-        return false;
-    };
-    let mut region = [0u64; 3];
-    let mut arg = PmScanArg {
-        size: u64::try_from(size_of::<PmScanArg>()).unwrap_or_default(),
-        start: page.address(),
-        end: page.address() + page.len(),
-        vec: (&raw mut region).addr() as u64,
-        vec_len: 1,
-        category_mask: PAGE_IS_PRESENT,
-        return_mask: PAGE_IS_PRESENT,
-        ..Default::default()
-    };
-    // SAFETY: `arg` has the layout of `struct pm_scan_arg`; `region` holds the one `struct page_region` it allows.
-    let n = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN as _, &raw mut arg) };
-    n == 1 && region[0] == page.address()
+    let mut found = Vec::new();
+    let scanned = Pagemap::of(std::process::id().cast_signed())
+        .and_then(|mut map| map.held(page.address(), page.address() + page.len(), &mut found));
+    scanned.is_ok() && found.first().is_some_and(|region| region.start == page.address())
 }
 
 /// Bit 55 of a pagemap entry: written since the last reset. A kernel without it accepts the reset all the same, so only

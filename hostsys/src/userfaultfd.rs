@@ -113,14 +113,7 @@ impl Userfaultfd {
         drop(stopped);
         let stopped_for = started.elapsed();
         let fd = made.map_err(|e| Error::Calls(pid, e))??;
-        let mut api = Api {
-            api: UFFD_API,
-            features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_PAGEFAULT_FLAG_WP,
-            ioctls: 0,
-        };
-        // SAFETY: `api` has the layout of `struct uffdio_api` and outlives the call.
-        let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as _, &raw mut api) };
-        Errno::result(result).map_err(Error::Features)?;
+        agree(&fd).map_err(Error::Features)?;
         Ok(Self { fd, stopped_for })
     }
 
@@ -195,6 +188,21 @@ impl Userfaultfd {
         let result = unsafe { libc::ioctl(self.fd.as_fd().as_raw_fd(), UFFDIO_WRITEPROTECT as _, &raw mut arg) };
         Errno::result(result) == Err(Errno::ESRCH)
     }
+}
+
+/// Agrees with the kernel on what a new userfaultfd does.
+///
+/// # Errors
+/// EINVAL: this kernel has no `WP_ASYNC`.
+pub(crate) fn agree(fd: &OwnedFd) -> Result<(), Errno> {
+    let mut api = Api {
+        api: UFFD_API,
+        features: FEATURE_WP_ASYNC | FEATURE_WP_UNPOPULATED | FEATURE_PAGEFAULT_FLAG_WP,
+        ioctls: 0,
+    };
+    // SAFETY: `api` has the layout of `struct uffdio_api` and outlives the call.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API as _, &raw mut api) };
+    Errno::result(result).map(drop)
 }
 
 /// Any thread will do; the first may have ended while others run.

@@ -119,12 +119,12 @@ impl Broken {
     }
 }
 
-/// Kills the programs of that name on a node as the kernel does when memory runs out.
-fn kill(stage: &Stage, node: &str, program: &str) -> Result<()> {
+/// Kills the programs of that name on a node as the kernel does when memory runs out; says how many there were.
+pub(super) fn kill(stage: &Stage, node: &str, program: &str) -> Result<usize> {
     let script = format!(
-        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && kill -9 ${{p##*/}}; done; true"
+        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = {program} ] && kill -9 ${{p##*/}} && echo killed; done; true"
     );
-    stage.on_node(node, &script).map(drop)
+    Ok(stage.on_node(node, &script)?.lines().count())
 }
 
 fn kill_operator(stage: &Stage, case: &str) -> Result<()> {

@@ -4,6 +4,7 @@ use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
 use super::Scenario;
+use super::crashes::kill;
 use super::moves::{Move, SETTLED, follow, is_true, move_to, story, succeeded};
 use super::stage::Stage;
 use super::subject::{Plan, Subject};
@@ -33,10 +34,7 @@ fn killed(stage: &Stage, who: &str) -> Result<()> {
     let spec = json!({"strategy": {"type": "PreCopy"}});
     let migration = Move::create(stage, &subject.pod, Some(&target), &spec)?;
     migration.wait(stage, "committed", SETTLED, |migration| is_true(migration, "Committed"))?;
-    let script = format!(
-        "for p in /proc/[0-9]*; do [ \"$(cat $p/comm 2>/dev/null)\" = pgr-{who} ] && kill -9 ${{p##*/}} && echo killed; done; true"
-    );
-    let kills = stage.on_node(&target, &script)?.lines().count();
+    let kills = kill(stage, &target, &format!("pgr-{who}"))?;
     ensure!(kills > 0, "the memory was in place before the {who} could be killed");
     let migration = migration.settled(stage)?;
     succeeded(&migration)?;

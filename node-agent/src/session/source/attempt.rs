@@ -40,6 +40,7 @@ use crate::{
     checkpoint::{self, Room},
     decide::step::Step,
     files, holding,
+    identity::PeerTls,
     journal::{FrozenContainer, Record},
     outbox::Outbox,
     page_link::Breaker,
@@ -173,24 +174,8 @@ impl Attempt {
     pub(super) async fn connect(&mut self, task: &Task, pod: &PodOnNode, maxima: Maxima) -> Result<ToTarget, Failed> {
         let copied_before = self.brief.precopy.is_some();
         let node = &self.brief.target_node;
-        let nodes: Api<MigrationNode> = Api::all(task.ctx.client.clone());
-        let found = nodes
-            .get(node)
-            .await
-            .map_err(|e| Failed::because(Reason::ApiUnavailable, &e))?;
-        let endpoint = found.status.and_then(|s| s.endpoint).ok_or_else(|| {
-            Failed::new(
-                Reason::NodeNotReady,
-                format!("the MigrationNode {node} names no endpoint"),
-            )
-        })?;
+        let (endpoint, tls) = agent_of(task, node).await?;
         let failed = |e: peer::Error| Failed::because(Reason::TransferFailed, &e);
-        let tls = task
-            .ctx
-            .tls
-            .borrow()
-            .clone()
-            .ok_or_else(|| failed(peer::Error::NoIdentity))?;
         let mut link = peer::dial(&tls, &endpoint, node).await.map_err(failed)?;
         say(&link, FromSource::Offer(self.offer())).await?;
         hear(&mut link, |m| matches!(m, FromTarget::Accept { .. })).await?;
@@ -502,6 +487,24 @@ pub(super) fn spawn_abort(decisions: Decisions, why: Failed) {
     tokio::spawn(async move {
         decisions.abort(Party::Source, &why).await;
     });
+}
+
+/// Where the agent of a node listens, and what this one shows it.
+pub(super) async fn agent_of(task: &Task, node: &str) -> Result<(String, PeerTls), Failed> {
+    let nodes: Api<MigrationNode> = Api::all(task.ctx.client.clone());
+    let found = nodes
+        .get(node)
+        .await
+        .map_err(|e| Failed::because(Reason::ApiUnavailable, &e))?;
+    let endpoint = found.status.and_then(|s| s.endpoint).ok_or_else(|| {
+        Failed::new(
+            Reason::NodeNotReady,
+            format!("the MigrationNode {node} names no endpoint"),
+        )
+    })?;
+    let tls = task.ctx.tls.borrow().clone();
+    let tls = tls.ok_or_else(|| Failed::because(Reason::TransferFailed, &peer::Error::NoIdentity))?;
+    Ok((endpoint, tls))
 }
 
 pub(super) fn say_step(task: &Task, step: Step) {

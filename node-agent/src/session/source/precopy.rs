@@ -13,8 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crds::{MigrationNode, Reason, process_migration::Progress as Shown};
-use kube::Api;
+use crds::{Reason, process_migration::Progress as Shown};
 use memory::{
     converge::Goal,
     precopy::{self, End, Progress},
@@ -27,6 +26,7 @@ use super::super::{
     Task,
     ledger::{Failed, Stop, blocking},
 };
+use super::attempt::agent_of;
 use crate::{
     page_link::{self, Breaker, Outgoing},
     pod_on_node::PodOnNode,
@@ -53,19 +53,7 @@ impl PreCopy {
         count: u32,
         bytes_per_second: Option<u64>,
     ) -> Result<Self, Failed> {
-        let nodes: Api<MigrationNode> = Api::all(task.ctx.client.clone());
-        let found = nodes
-            .get(node)
-            .await
-            .map_err(|e| Failed::because(Reason::ApiUnavailable, &e))?;
-        let endpoint = found.status.and_then(|s| s.endpoint).ok_or_else(|| {
-            Failed::new(
-                Reason::NodeNotReady,
-                format!("the MigrationNode {node} names no endpoint"),
-            )
-        })?;
-        let tls = task.ctx.tls.borrow().clone();
-        let tls = tls.ok_or_else(|| Failed::new(Reason::TransferFailed, "this agent has no certificate yet"))?;
+        let (endpoint, tls) = agent_of(task, node).await?;
         let (mut links, mut breakers) = (Vec::new(), Vec::new());
         for index in 0..count {
             let offer = Offer {
